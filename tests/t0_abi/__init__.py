@@ -1,0 +1,1 @@
+"""t0: the shape of things: formats, constants, imports, documents."""

@@ -1,0 +1,1 @@
+"""t1: pure code: no descriptors, threads or processes."""

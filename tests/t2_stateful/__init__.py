@@ -1,0 +1,1 @@
+"""t2: state machines and interleavings, generated or enumerated."""

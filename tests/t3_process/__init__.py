@@ -1,0 +1,1 @@
+"""t3: real memory, sockets, threads and processes, but no mount."""

@@ -1,0 +1,1 @@
+"""t4: real FUSE mounts."""
