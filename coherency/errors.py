@@ -45,7 +45,9 @@ class DaemonUnavailable(CoherencyError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"no daemon serves '{self.name}' ({self.reason}); start it with: coherency serve SHARE --name {self.name}"
+        return (
+            f"no daemon serves '{self.name}' ({self.reason}); start it with: coherency serve SHARE --name {self.name}"
+        )
 
 
 class MountError(CoherencyError):
