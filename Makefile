@@ -1,0 +1,48 @@
+# Each target works alone on a fresh clone: it sets up what it needs and is quick when that is done already.
+# What it sets up: .venv (scripts/set-up-venv) and, for the tests, Debian packages (scripts/need-programs).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# Extra arguments, e.g.: make test ARGS='-m t1 -k rename'
+ARGS ?=
+
+# Programs that the tests run on a guest's mount, as package=program.
+TEST_PROGRAMS := acl=setfacl attr=getfattr git=git rsync=rsync sqlite3=sqlite3
+
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help
+help: ## this list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+.PHONY: demo
+demo: venv ## set up everything and show two guests on one directory
+	@.venv/bin/coherency demo $(ARGS)
+
+.PHONY: test
+test: programs lint ## set up everything, lint, and run all tests, the fast ones first
+	@.venv/bin/pytest $(ARGS)
+
+.PHONY: lint
+lint: venv ## ruff, and mypy in strict mode
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+.PHONY: bench
+bench: venv ## nanoseconds per stat in each mode, and trips to the host
+	@.venv/bin/python benchmarks/hit_path.py $(ARGS)
+
+.PHONY: clean
+clean: ## remove everything that the other targets made
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: venv
+venv:
+	@scripts/set-up-venv
+
+.PHONY: programs
+programs:
+	@scripts/need-programs $(TEST_PROGRAMS)
