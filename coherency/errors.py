@@ -1,6 +1,6 @@
 """Every exception that the package raises on its own account, sorted by who must act.
 
-Errors of the operating system stay `OSError`: an errno belongs to the caller of the file system and is passed on as it is.
+Errors of the operating system stay `OSError`: an errno belongs to the caller of the file system and is passed on.
 """
 
 
@@ -19,7 +19,10 @@ class UnsupportedPlatform(CoherencyError):
 
 
 class UsageError(CoherencyError):
-    """The operator gave options that are impossible or contradict each other.  The catcher prints it and exits with 2."""
+    """The operator gave options that are impossible or contradict each other.
+
+    The catcher prints it and exits with 2.
+    """
 
 
 class AlreadyServing(CoherencyError):
@@ -37,7 +40,10 @@ class AlreadyServing(CoherencyError):
 
 
 class DaemonUnavailable(CoherencyError):
-    """Nobody serves this name.  The operator starts `coherency serve`; an agent that was connected tries again later."""
+    """Nobody serves this name.
+
+    The operator starts `coherency serve`; an agent that was connected tries again later.
+    """
 
     def __init__(self, name: str, reason: str = "nobody is listening") -> None:
         super().__init__(name, reason)
@@ -60,7 +66,7 @@ class MountError(CoherencyError):
 class TableError(CoherencyError):
     """The memory is not a version table of an ABI we know, is damaged, can shrink, or belongs to somebody else.
 
-    A guest that catches it uses no version from this memory: it asks the daemon for another table or goes without a cache.
+    A guest that catches it uses no version from this memory: it asks the daemon for another table or goes without.
     A daemon that catches it while taking over a predecessor's table makes a new one.
     """
 
