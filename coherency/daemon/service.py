@@ -1,0 +1,193 @@
+"""One daemon: everything that serves one share under one name, put together and taken apart in order.
+
+Start: claim the name, table (closed), export, control channel, table serving. Stop: table closed first, so that no agent
+trusts what it has; then the control channel, the export, the name. A killed daemon stops at any point of that: the next
+one finds an unclean name and holds changes until no agent can trust the old table any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from coherency.daemon.changes import Changes
+from coherency.daemon.export import Export
+from coherency.daemon.runtime import RuntimeDirectory
+from coherency.daemon.server import ControlServer
+from coherency.errors import TableError, UsageError
+from coherency.fuse.nodes import descriptor_budget
+from coherency.fuse.session import Session
+from coherency.ids import Epoch
+from coherency.protocol import Welcome
+from coherency.protocol_fields import ReportValue
+from coherency.shm_memory import OwnedMemory, create_memfd, create_posix
+from coherency.shm_table import (
+    DEFAULT_SLOT_COUNT,
+    HEARTBEAT_PERIOD_NS,
+    TRUST_MARGIN_NS,
+    TRUST_NS,
+    State,
+    TableWriter,
+    bytes_needed,
+)
+
+log = logging.getLogger(__name__)
+
+_SECOND_NS: Final = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What the operator asked for."""
+
+    share: Path
+    name: str
+    runtime_root: Path
+    posix_table: bool = False
+    slot_count: int = DEFAULT_SLOT_COUNT
+    live_dangerously: bool = False
+
+
+class Service:
+    """A serving daemon, from ``start()`` to ``close()``. Both may be called from any thread, each once has an effect."""
+
+    def __init__(self, options: ServiceOptions) -> None:
+        self.options = options
+        self.directory = RuntimeDirectory(options.runtime_root, options.name)
+        self._started_at_ns = time.monotonic_ns()
+        self._undo = contextlib.ExitStack()
+        self._stop_beating = threading.Event()
+        self._close_lock = threading.Lock()
+
+    def start(self) -> None:
+        """Everything is up when this returns; nothing is left behind when it raises."""
+        with contextlib.ExitStack() as undo:
+            self._start(undo)
+            self._undo = undo.pop_all()
+
+    def _start(self, undo: contextlib.ExitStack) -> None:
+        options, directory = self.options, self.directory
+        share = _open_share(options.share, directory)
+        with contextlib.ExitStack() as until_owned:
+            until_owned.callback(os.close, share)
+            claim = directory.claim()
+            claimed_at_ns = time.monotonic_ns()
+            undo.callback(claim.release)
+            memory = self._make_memory()
+            undo.callback(memory.close)
+            undo.callback(memory.unlink)
+            table = self.table = self._make_table(memory)
+            os.symlink(memory.path, directory.table)
+            hold_ns = claimed_at_ns + TRUST_NS + TRUST_MARGIN_NS if claim.unclean else 0
+            self.changes = Changes(table, hold_until_ns=hold_ns, live_dangerously=options.live_dangerously)
+            export = self.export = Export(share, self.changes, descriptor_limit=descriptor_budget())
+            until_owned.pop_all()
+        try:
+            self.session = Session.mount(
+                str(directory.export), export, source=f"coherency:{options.name}", name=f"export-{options.name}"
+            )
+        except BaseException:
+            export.close()
+            raise
+        undo.callback(self.session.close)
+        self.session.start()
+        read_only = memory.read_only_fd()
+        undo.callback(os.close, read_only)
+        high, low = table.table_id
+        welcome = Welcome(0, high, low, table.table_bytes, TRUST_NS, str(options.share), str(directory.export))
+        self.server = ControlServer(
+            directory.control_socket,
+            welcome=welcome, table_fd=read_only, status=self.report, invalidate=table.advance_epoch,
+        )  # fmt: skip
+        undo.callback(self.server.close)
+        heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        heart.start()
+        undo.callback(heart.join)
+        undo.callback(self._stop_beating.set)
+        undo.callback(table.close)
+        table.set_state(State.SERVING)
+        self.server.start()
+
+    def _make_memory(self) -> OwnedMemory:
+        size = bytes_needed(self.options.slot_count)
+        if self.options.posix_table:
+            return create_posix(f"/coherency-{self.options.name}", size)
+        return create_memfd(f"coherency-{self.options.name}", size)
+
+    def _make_table(self, memory: OwnedMemory) -> TableWriter:
+        if memory.existed:
+            try:
+                return TableWriter.adopt(memory.words)
+            except TableError as error:
+                raise UsageError(
+                    f"{memory.path} exists and is no version table ({error}); remove it if nobody uses it"
+                ) from error
+        table_id = (secrets.randbits(64), secrets.randbits(64))
+        return TableWriter.create(memory.words, slot_count=self.options.slot_count, table_id=table_id)
+
+    def _beat(self) -> None:
+        while not self._stop_beating.wait(HEARTBEAT_PERIOD_NS / _SECOND_NS):
+            self.table.beat()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until somebody unmounts the export behind our back; false after ``timeout_s``."""
+        return self.session.wait(timeout_s)
+
+    def close(self) -> None:
+        """Stop in order. Who uses the export gets errors from now on."""
+        with self._close_lock:
+            undo, self._undo = self._undo, contextlib.ExitStack()
+        undo.close()
+
+    def invalidate(self) -> Epoch:
+        return self.table.advance_epoch()
+
+    def report(self) -> Mapping[str, ReportValue]:
+        """The daemon's part of ``coherency status``."""
+        table, session, nodes = self.table.statistics(), self.session.statistics(), self.export.nodes.statistics()
+        return {
+            "name": self.options.name,
+            "share": str(self.options.share),
+            "export": str(self.directory.export),
+            "pid": os.getpid(),
+            "uptime_ns": time.monotonic_ns() - self._started_at_ns,
+            "epoch": table.epoch,
+            "bumps": table.bumps,
+            "changes_in_flight": table.changes_in_flight,
+            "table_bytes": table.table_bytes,
+            "slot_count": table.slot_count,
+            "table_kind": "posix" if self.options.posix_table else "memfd",
+            "requests": session.requests,
+            "nodes": nodes.nodes,
+            "descriptors": nodes.descriptors,
+            "bumping": "on" if self.changes.bumps else "off",
+        }
+
+
+def _open_share(share: Path, directory: RuntimeDirectory) -> int:
+    try:
+        fd = os.open(share, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except NotADirectoryError:
+        raise UsageError(f"{share} is not a directory: a share is a directory tree") from None
+    except OSError as error:
+        raise UsageError(f"cannot open the share {share}: {error.strerror}") from error
+    try:
+        resolved = Path(os.path.realpath(share))
+        runtime = Path(os.path.realpath(directory.path))
+        if runtime == resolved or resolved in runtime.parents:
+            raise UsageError(
+                f"the runtime directory {runtime} lies inside the share {resolved}: the export would contain itself; "
+                "choose another one with --runtime-dir"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

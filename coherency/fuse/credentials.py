@@ -1,0 +1,41 @@
+"""Who a serving thread is when it creates something: the uid, gid and umask of the caller.
+
+Ids and umask belong to one thread here, and stay as they are until a request needs others: only what creates objects
+depends on them. The thread keeps its capabilities: the kernel of the FUSE mount has checked the caller's permissions,
+with all its groups, which are not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from coherency.fuse import syscalls
+
+
+class Credentials(threading.local):
+    """Per thread; made once per mount, used from every serving thread."""
+
+    def __init__(self) -> None:
+        syscalls.private_umask_and_cwd()
+        syscalls.keep_capabilities_across_setfsuid()
+        self._umask = -1
+        self._ids = (os.geteuid(), os.getegid())
+
+    def become(self, uid: int, gid: int, umask: int) -> None:
+        """What the calling thread creates from now on belongs to ``uid`` and ``gid``, with ``umask`` applied."""
+        if umask != self._umask:
+            os.umask(umask)
+            self._umask = umask
+        if (uid, gid) != self._ids:
+            syscalls.set_fs_ids(uid, gid)
+            self._ids = (uid, gid)
+
+
+def permits(mode: int, owner: tuple[int, int], caller: tuple[int, int], mask: int) -> bool:
+    """Whether mode bits let ``caller`` (uid, gid; other groups are unknown) do ``mask`` (R_OK, W_OK, X_OK): access(2)."""
+    uid, gid = caller
+    if uid == 0:
+        return not mask & os.X_OK or (mode & 0o170000) == 0o040000 or bool(mode & 0o111)
+    shift = 6 if uid == owner[0] else 3 if gid == owner[1] else 0
+    return mode >> shift & mask & 7 == mask & 7

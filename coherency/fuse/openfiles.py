@@ -1,0 +1,193 @@
+"""Operations on open files and directories.
+
+1. CREATE never opens what exists: the permission to open it has not been checked. ESTALE makes the kernel look again.
+2. Only regular files and directories are ever opened; what a device or a FIFO does is up to the kernel of the caller.
+3. A change is ended whatever happens: also when the system call fails, and when only a part of it succeeded.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Final
+
+from coherency.fuse import abi, codec, replies, syscalls
+from coherency.fuse.codec import Request
+from coherency.fuse.nodes import Node
+from coherency.fuse.session import Reply
+from coherency.fuse.tree import Change, OpenFile, Tree, drop_set_ids
+
+# O_DIRECT would ask for aligned buffers; the rest means something at the first open only, or not to a server.
+_O_DROPPED: Final = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_NOFOLLOW | os.O_DIRECT | os.O_DIRECTORY
+_NO_ENTRY: Final = bytes(abi.entry_out.size + abi.attr.size)
+
+
+class FileOperations(Tree):
+    """Everything that has a file handle."""
+
+    def _lower_flags(self, flags: int) -> int:
+        flags = flags & ~_O_DROPPED | os.O_CLOEXEC
+        if self.kernel_cache.writeback:  # the kernel reads around what it writes, and knows the end of the file itself
+            flags &= ~os.O_APPEND
+            if flags & os.O_ACCMODE == os.O_WRONLY:
+                flags = flags & ~os.O_ACCMODE | os.O_RDWR
+        return flags
+
+    def open(self, request: Request) -> Reply:
+        body: codec.Open = request.body
+        node = self.nodes.get(request.node)
+        if node.kind != stat.S_IFREG:
+            raise OSError(errno.ENXIO, "only regular files are opened here")
+        flags = self._lower_flags(body.flags)
+        with self.nodes.open(node) as at:
+            if flags & os.O_TRUNC:
+                with self.changing(request, node.ino):
+                    if body.open_flags & abi.OPEN_KILL_SUIDGID:
+                        drop_set_ids(at)
+                    fd = os.open(syscalls.proc_path(at), flags)
+            else:
+                fd = os.open(syscalls.proc_path(at), flags)
+        return (replies.encode_open(self.add_file(OpenFile(fd, flags, node)), self.open_flags(node)),)
+
+    def create(self, request: Request) -> Reply:
+        body: codec.Create = request.body
+        parent = self.nodes.get(request.node)
+        flags = self._lower_flags(body.flags) & ~os.O_TRUNC
+        with self.nodes.open(parent) as at, self.changing(request, parent.ino) as change:
+            self.credentials.become(request.uid, request.gid, body.umask)
+            try:
+                fd = os.open(body.name, flags | os.O_CREAT | os.O_EXCL, stat.S_IMODE(body.mode), dir_fd=at)
+            except FileExistsError:
+                if body.flags & os.O_EXCL:
+                    raise
+                raise OSError(errno.ESTALE, "the name exists by now: look again") from None
+            return self._created(fd, flags, parent, body.name, change)
+
+    def tmpfile(self, request: Request) -> Reply:
+        body: codec.Create = request.body
+        parent = self.nodes.get(request.node)
+        flags = self._lower_flags(body.flags)
+        with self.nodes.open(parent) as at, self.changing(request, parent.ino) as change:
+            self.credentials.become(request.uid, request.gid, body.umask)
+            exclusive = body.flags & os.O_EXCL  # it may never get a name
+            fd = os.open(syscalls.proc_path(at), flags | os.O_TMPFILE | exclusive, stat.S_IMODE(body.mode))
+            return self._created(fd, flags, parent, b"", change)
+
+    def _created(self, fd: int, flags: int, parent: Node, name: bytes, change: Change) -> Reply:
+        try:
+            status = os.fstat(fd)
+            node = self.nodes.adopt(
+                os.open(syscalls.proc_path(fd), os.O_PATH | os.O_CLOEXEC), status, parent, name
+            )  # fmt: skip
+        except BaseException:
+            os.close(fd)
+            raise
+        change.touch(node.ino)
+        entry = self.entry(node, replies.encode_attr(status, node.ino))
+        return entry, replies.encode_open(self.add_file(OpenFile(fd, flags, node)), self.open_flags(node))
+
+    def read(self, request: Request) -> Reply:
+        body: codec.Read = request.body
+        return (os.pread(self.file(body.fh).fd, body.size, body.offset),)
+
+    def write(self, request: Request) -> Reply:
+        body: codec.Write = request.body
+        file = self.file(body.fh)
+        with self.changing(request, file.node.ino):
+            if body.write_flags & abi.WRITE_KILL_SUIDGID:
+                drop_set_ids(file.fd)
+            fd = file.fd
+            if body.write_flags & abi.WRITE_CACHE and file.flags & os.O_APPEND:
+                fd = self._page_writer(file)
+            count = os.pwrite(fd, body.data, body.offset)
+        return (replies.encode_written(count),)
+
+    @staticmethod
+    def _page_writer(file: OpenFile) -> int:
+        """Pages of mmap go where they belong, also through a descriptor that appends."""
+        if file.writer < 0:
+            file.writer = os.open(syscalls.proc_path(file.fd), os.O_WRONLY | os.O_CLOEXEC)
+        return file.writer
+
+    def flush(self, request: Request) -> Reply:
+        os.close(os.dup(self.file(request.body.fh).fd))  # what close() would report, it reports
+        return ()
+
+    def release(self, request: Request) -> Reply:
+        file = self._files.pop(request.body.fh, None)
+        if file is not None:
+            file.close()
+        return ()
+
+    def fsync(self, request: Request) -> Reply:
+        body: codec.Fsync = request.body
+        fd = self.file(body.fh).fd
+        if body.data_only:
+            os.fdatasync(fd)
+        else:
+            os.fsync(fd)
+        return ()
+
+    def fallocate(self, request: Request) -> Reply:
+        body: codec.Fallocate = request.body
+        file = self.file(body.fh)
+        with self.changing(request, file.node.ino):
+            syscalls.fallocate(file.fd, body.mode, body.offset, body.length)
+        return ()
+
+    def lseek(self, request: Request) -> Reply:
+        body: codec.Lseek = request.body
+        return (replies.encode_offset(os.lseek(self.file(body.fh).fd, body.offset, body.whence)),)
+
+    def copy_file_range(self, request: Request) -> Reply:
+        body: codec.CopyFileRange = request.body
+        source, target = self.file(body.fh_in), self.file(body.fh_out)
+        length = min(body.length, 1 << 30)  # the reply has 32 bits
+        with self.changing(request, target.node.ino):
+            count = os.copy_file_range(source.fd, target.fd, length, body.offset_in, body.offset_out)
+        return (replies.encode_written(count),)
+
+    # ---- directories ----
+
+    def opendir(self, request: Request) -> Reply:
+        node = self.nodes.get(request.node)
+        with self.nodes.open(node) as at:
+            fd = os.open(syscalls.proc_path(at), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        flags = abi.FOPEN_KEEP_CACHE | abi.FOPEN_CACHE_DIR if self.kernel_cache.keep_pages else 0
+        return (replies.encode_open(self.add_file(OpenFile(fd, os.O_RDONLY, node)), flags),)
+
+    def _entries(self, body: codec.Read, size_bytes: int) -> list[replies.DirectoryEntry]:
+        directory = self.file(body.fh)
+        offset = body.offset - (1 << 64) if body.offset >> 63 else body.offset
+        if offset != directory.position:
+            os.lseek(directory.fd, offset, os.SEEK_SET)
+        entries = replies.parse_dirents(syscalls.getdents(directory.fd, size_bytes))
+        directory.position = entries[-1].offset if entries else offset
+        return entries
+
+    def readdir(self, request: Request) -> Reply:
+        body: codec.Read = request.body
+        entries = self._entries(body, replies.dirents_that_fit(body.size))
+        return (b"".join([replies.encode_dirent(entry) for entry in entries]),)
+
+    def readdirplus(self, request: Request) -> Reply:
+        body: codec.Read = request.body
+        pieces: list[bytes] = []
+        directory = self.file(body.fh)
+        for entry in self._entries(body, replies.dirents_that_fit_plus(body.size)):
+            head = _NO_ENTRY
+            if entry.name not in (b".", b".."):
+                try:
+                    node, attr = self.look_up(directory.node, directory.fd, entry.name)
+                    head = self.entry(node, attr)
+                except OSError:
+                    pass  # gone, or not to be reached: the name alone, as the directory has it
+            pieces += head, replies.encode_dirent(entry)
+        return (b"".join(pieces),)
+
+    def fsyncdir(self, request: Request) -> Reply:
+        return self.fsync(request)
+
+    def releasedir(self, request: Request) -> Reply:
+        return self.release(request)

@@ -1,0 +1,344 @@
+"""A mounted FUSE connection: threads that read requests, hand each to its operation, and write the reply.
+
+1. A thread handles one request from its reading to its reply; there is no queue in between.
+2. While requests are answered there is always a thread left that reads: the one that takes the last reading thread's
+   place is started before the operation runs (up to ``max_threads``), so that operations may wait for each other.
+3. An operation answers with bytes (a list of pieces), raises ``OSError`` (its errno goes to the caller), or returns
+   ``NO_REPLY``. Anything else it raises is a bug of ours: logged with its traceback, EIO for the caller.
+4. Every request that the kernel waits for gets exactly one reply.
+
+Source: fuse(4), Documentation/filesystems/fuse.rst of the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias
+
+from coherency.errors import FuseProtocolError, MountError
+from coherency.fuse import abi, codec, replies, syscalls
+from coherency.fuse.abi import InitFlag, Opcode
+from coherency.fuse.codec import Request
+from coherency.ids import NodeId
+
+log = logging.getLogger(__name__)
+
+NO_REPLY: Final[list[bytes]] = []
+Reply: TypeAlias = Sequence[bytes]
+Operation: TypeAlias = Callable[[Request], Reply]
+
+MAX_WRITE_BYTES: Final = 1 << 20
+_MAX_PAGES: Final = MAX_WRITE_BYTES // 4096
+_MAX_BACKGROUND: Final = 64
+_GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF)
+_ALWAYS_WANTED: Final = (
+    InitFlag.ASYNC_READ | InitFlag.ATOMIC_O_TRUNC | InitFlag.BIG_WRITES | InitFlag.DONT_MASK | InitFlag.AUTO_INVAL_DATA
+    | InitFlag.PARALLEL_DIROPS | InitFlag.POSIX_ACL | InitFlag.ABORT_ERROR | InitFlag.MAX_PAGES | InitFlag.ASYNC_DIO
+    | InitFlag.HANDLE_KILLPRIV_V2 | InitFlag.SETXATTR_EXT | InitFlag.INIT_EXT
+)  # fmt: skip
+
+
+class FileSystem(Protocol):
+    """What a session serves."""
+
+    @property
+    def operations(self) -> Mapping[int, Operation]:
+        """Opcode to operation; what is missing is answered with ENOSYS."""
+
+    @property
+    def init_flags(self) -> InitFlag:
+        """What it wants of the kernel beside what every session wants."""
+
+    def close(self) -> None:
+        """The connection is over: no operation runs any more, none will."""
+
+
+@dataclass(frozen=True)
+class SessionStatistics:
+    requests: int  # since the mount, without FORGET
+    in_flight: int
+    threads: int
+    protocol_minor: int
+
+
+class Session:
+    """One mount. ``mount()`` makes it, ``start()`` serves it, ``close()`` unmounts it; ``wait()`` returns when it is over."""
+
+    def __init__(self, device: int, mountpoint: str, file_system: FileSystem, *, name: str, max_threads: int) -> None:
+        self.mountpoint = mountpoint
+        self.connection = 0  # the number under /sys/fs/fuse/connections
+        self.init_flags = InitFlag(0)
+        self.protocol_minor = 0
+        self._device, self._file_system, self._name, self._max_threads = device, file_system, name, max_threads
+        self._operations = dict(file_system.operations)
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._reading = 0
+        self._ever_started = 0
+        self._in_flight: dict[int, Request] = {}
+        self._requests = 0
+        self._over = threading.Event()
+        self._closing = False
+
+    # ---- life ----
+
+    @classmethod
+    def mount(
+        cls, mountpoint: str, file_system: FileSystem, *, source: str, name: str = "fuse", max_threads: int = 64
+    ) -> Session:
+        """Mount ``file_system`` on the directory ``mountpoint`` and agree with the kernel on the protocol.
+
+        Requests are answered from ``start()`` on; until then they wait. The kernel checks permissions by mode bits and
+        ACLs (default_permissions), and every user may enter (allow_other). Raises :class:`MountError` with a reason
+        that the operator can act on.
+        """
+        try:
+            device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise MountError(
+                f"cannot open /dev/fuse ({error.strerror}): is the fuse module loaded, are you root?"
+            ) from error
+        options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
+        session = cls(device, os.path.realpath(mountpoint), file_system, name=name, max_threads=max_threads)
+        try:
+            syscalls.mount(source, mountpoint, "fuse.coherency", syscalls.MS_NODEV, options)
+        except OSError as error:
+            os.close(device)
+            raise MountError(
+                f"cannot mount on {mountpoint}: {error.strerror} (mounting needs CAP_SYS_ADMIN)"
+            ) from error
+        try:
+            session._handshake()
+        except BaseException:
+            session._detach()
+            os.close(device)
+            raise
+        return session
+
+    def _handshake(self) -> None:
+        buffer = bytearray(abi.MIN_READ_BUFFER_BYTES)
+        request = codec.decode(memoryview(buffer)[: os.readv(self._device, [buffer])])
+        if request.opcode != Opcode.INIT:
+            raise MountError(f"the kernel began with request {request.opcode} instead of INIT")
+        init: codec.Init = request.body
+        if init.major != abi.KERNEL_VERSION or init.minor < abi.OLDEST_MINOR_VERSION:
+            self._write(request.unique, (), errno.EPROTO)
+            raise MountError(
+                f"the kernel speaks FUSE {init.major}.{init.minor}; {abi.KERNEL_VERSION}.{abi.OLDEST_MINOR_VERSION} (Linux 5.4) is needed"
+            )
+        offered = InitFlag(init.flags)
+        wanted = _ALWAYS_WANTED | self._file_system.init_flags
+        # Knowing whether names can be expired is all there is to it; the reply may not claim it.
+        self.init_flags = offered & (wanted | InitFlag.HAS_EXPIRE_ONLY)
+        self.protocol_minor = min(init.minor, abi.KERNEL_MINOR_VERSION)
+        reply = replies.encode_init_out(
+            self.protocol_minor, init.max_readahead, int(offered & wanted),
+            max_write_bytes=MAX_WRITE_BYTES, max_pages=_MAX_PAGES, max_background=_MAX_BACKGROUND,
+        )  # fmt: skip
+        self._write(request.unique, (reply,))
+
+    def start(self) -> None:
+        """Begin to answer."""
+        # The device number of a FUSE mount is its connection's number; asked of /proc, since stat would ask ourselves.
+        self.connection = _connection_of(self.mountpoint)
+        self._start_thread()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until the connection is over (unmounted by anybody, or aborted); false if it is not within ``timeout_s``."""
+        return self._over.wait(timeout_s)
+
+    def close(self, *, grace_s: float = 5.0) -> None:
+        """Write dirty pages, unmount, and wait for the threads. Who still uses the mount gets errors from now on, not a hang.
+
+        Safe to call twice, and after somebody else has unmounted.
+        """
+        with self._lock:
+            first, self._closing = not self._closing, True
+        if first and not self._over.is_set():
+            flusher = threading.Thread(target=self._flush_dirty_pages, daemon=True, name=f"{self._name}-flush")
+            flusher.start()
+            flusher.join(grace_s)
+            self._detach()
+        self._over.wait(grace_s)
+        for thread in list(self._threads):
+            if thread is not threading.current_thread():
+                thread.join(grace_s)
+
+    def _flush_dirty_pages(self) -> None:
+        try:
+            root = os.open(self.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            return
+        try:
+            syscalls.syncfs(root)
+        except OSError as error:
+            log.warning("dirty pages of %s could not be written: %s", self.mountpoint, error)
+        finally:
+            os.close(root)
+
+    def _detach(self) -> None:
+        try:
+            syscalls.umount(self.mountpoint)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                return  # somebody else has unmounted it
+            try:
+                syscalls.umount(self.mountpoint, syscalls.MNT_FORCE | syscalls.MNT_DETACH)
+            except OSError as again:
+                log.warning("cannot unmount %s: %s", self.mountpoint, again)
+
+    # ---- serving ----
+
+    def _start_thread(self) -> None:
+        """With or without the lock: only ``__init__`` and the thread that found nobody reading come here."""
+        self._reading += 1
+        self._ever_started += 1
+        thread = threading.Thread(target=self._serve, name=f"{self._name}-{self._ever_started}", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _serve(self) -> None:
+        buffer = bytearray(MAX_WRITE_BYTES + 4096)
+        view, device, lock = memoryview(buffer), self._device, self._lock
+        buffers = [buffer]
+        try:
+            while True:
+                try:
+                    count = os.readv(device, buffers)
+                except OSError as error:
+                    if error.errno in _GONE:
+                        return
+                    continue  # ENOENT: the request was withdrawn; EINTR, EAGAIN: nothing happened
+                with lock:
+                    self._reading -= 1
+                    if not self._reading and len(self._threads) < self._max_threads:
+                        self._start_thread()
+                try:
+                    self._handle(view[:count])
+                finally:
+                    with lock:
+                        self._reading += 1
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._reading -= 1
+            self._threads.discard(threading.current_thread())
+            if self._threads:
+                return
+        self._file_system.close()
+        os.close(self._device)
+        self._over.set()
+
+    def _handle(self, message: memoryview) -> None:
+        try:
+            request = codec.decode(message, setxattr_ext=bool(self.init_flags & InitFlag.SETXATTR_EXT))
+        except FuseProtocolError as error:
+            log.error("malformed request: %s", error)
+            unique = codec.unique_of(message)
+            if unique:
+                self._write(unique, (), errno.EINVAL)
+            return
+        unique, opcode = request.unique, request.opcode
+        if opcode == Opcode.INTERRUPT:
+            self._interrupt(request)
+            return
+        operation = self._operations.get(opcode)
+        if operation is None or request.body is None:
+            self._requests += 1
+            self._write(unique, (), 0 if opcode == Opcode.DESTROY else errno.ENOSYS)
+            return
+        self._in_flight[unique] = request
+        number, reply = 0, NO_REPLY
+        try:
+            reply = operation(request)  # type: ignore[assignment]
+        except OSError as error:
+            number = error.errno or errno.EIO
+        except MemoryError:
+            number = errno.ENOMEM
+        except Exception:
+            log.exception("operation %s failed", request)
+            number = errno.EIO
+        finally:
+            del self._in_flight[unique]
+        if number or reply is not NO_REPLY:
+            self._requests += 1
+            self._write(unique, reply, number)
+
+    def _write(self, unique: int, pieces: Reply, error: int = 0) -> None:
+        header = replies.reply_header(unique, 0 if error else sum(map(len, pieces)), error)
+        try:
+            os.writev(self._device, [header] if error else [header, *pieces])
+        except OSError as problem:
+            # ENOENT: the caller does not wait any more (the connection is being aborted).
+            if problem.errno not in (errno.ENOENT, *_GONE):
+                log.error("reply to %d refused by the kernel: %s", unique, problem)
+
+    def _interrupt(self, request: Request) -> None:
+        target = self._in_flight.get(request.body.unique)
+        if target is None:
+            # Not read yet by any thread, or answered already: the kernel asks again in the first case only.
+            self._write(request.unique, (), errno.EAGAIN)
+            return
+        target.interrupted = True
+        if target.on_interrupt:
+            target.on_interrupt()
+
+    # ---- notifications ----
+
+    def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
+        """The kernel forgets the attributes of ``node``, from offset 0 on its pages too. False: it does not know the node.
+
+        Attributes only (offset -1) never blocks; with pages it waits for I/O on them: never on a thread that answers requests.
+        """
+        return self._notify(abi.Notify.INVAL_INODE, replies.encode_inval_inode(node, offset, length))
+
+    def invalidate_entry(self, parent: NodeId, name: bytes, *, expire_only: bool = False) -> bool:
+        """The kernel forgets one name. Takes the parent's inode lock: never while a request that holds it is unanswered."""
+        return self._notify(abi.Notify.INVAL_ENTRY, replies.encode_inval_entry(parent, name, expire_only=expire_only))
+
+    def increment_epoch(self) -> bool:
+        """The kernel looks every name up again. False: it is older than protocol 7.44 and cannot."""
+        return self._notify(abi.Notify.INC_EPOCH, b"")
+
+    def _notify(self, code: abi.Notify, payload: bytes) -> bool:
+        try:
+            os.writev(self._device, [replies.reply_header(0, len(payload), -code), payload])
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, *_GONE):
+                return False
+            raise
+        return True
+
+    # ---- inspection ----
+
+    def in_flight(self) -> frozenset[int]:
+        """Which requests are being handled now. A request that starts later has another number."""
+        return frozenset(list(self._in_flight))
+
+    def statistics(self) -> SessionStatistics:
+        """A snapshot. Counters are kept without a lock: they are for people, and no guarantee rests on them."""
+        with self._lock:
+            threads = len(self._threads)
+        return SessionStatistics(self._requests, len(self._in_flight), threads, self.protocol_minor)
+
+    def check(self) -> None:
+        """The invariants that hold at any time; raises AssertionError."""
+        with self._lock:
+            if not self._over.is_set():
+                assert 0 <= self._reading <= len(self._threads) <= self._max_threads, self.statistics()
+
+
+def _connection_of(mountpoint: str) -> int:
+    with open("/proc/self/mountinfo", "rb") as lines:
+        for line in reversed(lines.readlines()):
+            fields = line.split(b" ")
+            if fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint):
+                return int(fields[2].split(b":")[1])
+    raise MountError(f"{mountpoint} is not in /proc/self/mountinfo")

@@ -1,0 +1,201 @@
+"""The guest's file system in mode ``access``: a passthrough that answers from the user cache while versions agree.
+
+The kernel of the guest keeps nothing (timeouts 0) and asks on each access; whoever is asked compares words in shared
+memory, and goes to the lower directory only for what is stale. Attributes, names (also those that do not exist),
+listings, symlink targets and xattrs are cached. Each fetch samples the inode's word first; for a name that is the word
+of its directory, and the child's own word for the child's attributes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, Final
+
+from coherency.fuse import abi, codec, replies, syscalls
+from coherency.fuse.codec import Request
+from coherency.fuse.nodes import Node
+from coherency.fuse.passthrough import Passthrough, sized
+from coherency.fuse.session import Reply
+from coherency.fuse.tree import OpenFile
+from coherency.guest_agent.cache import UserCache
+
+_O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_LISTING_BYTES: Final = 1 << 18
+_XATTR_SIZE_MAX: Final = 65536
+_ABSENT: Final = object()
+
+# What the cache's keys begin with; the inode number follows, then a name where there are several.
+_ATTRIBUTES, _NAME, _LISTING, _TARGET, _XATTR, _XATTRS, _STATX, _PAGES = range(8)
+
+
+class CachingFileSystem(Passthrough):
+    """See the module. ``cache`` may be exchanged at any time: an operation uses the one that it began with."""
+
+    def __init__(self, lower: int, cache: UserCache, *, descriptor_limit: int) -> None:
+        """``lower``: the open lower directory, owned by this object from now on."""
+        super().__init__(lower, descriptor_limit=descriptor_limit)
+        self.cache = cache
+
+    # ---- names and attributes ----
+
+    def lookup(self, request: Request) -> Reply:
+        cache, name = self.cache, request.body.name
+        parent = self.nodes.get(request.node)
+        node = cache.get((_NAME, parent.ino, name))
+        if node is _ABSENT:
+            raise FileNotFoundError(errno.ENOENT, "known not to exist")
+        if node is not None and self.nodes.remember(node):
+            try:
+                return (self.entry(node, self._attributes_of(cache, node)),)
+            except BaseException:
+                self.nodes.forget(node.id, 1)
+                raise
+        with self.nodes.open(parent) as at:
+            return (self.entry(*self.look_up(parent, at, name)),)
+
+    def look_up(self, parent: Node, at: int, name: bytes) -> tuple[Node, bytes]:
+        cache = self.cache
+        key = (_NAME, parent.ino, name)
+        name_stamp = cache.sample(parent.ino)
+        try:
+            fd = os.open(name, _O_NODE, dir_fd=at)
+        except FileNotFoundError:
+            cache.put(key, _ABSENT, name_stamp)
+            raise
+        try:
+            stamp = cache.sample(self.nodes.inode_of(fd))
+            status = os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        node = self.nodes.adopt(fd, status, parent, name)
+        attr = replies.encode_attr(status, node.ino)
+        cache.put((_ATTRIBUTES, node.ino), attr, stamp)
+        cache.put(key, node, name_stamp)
+        return node, attr
+
+    def attributes(self, node: Node, fd: int) -> bytes:
+        cache = self.cache
+        stamp = cache.sample(node.ino)
+        attr = super().attributes(node, fd)
+        cache.put((_ATTRIBUTES, node.ino), attr, stamp)
+        return attr
+
+    def _attributes_of(self, cache: UserCache, node: Node) -> bytes:
+        attr: bytes | None = cache.get((_ATTRIBUTES, node.ino))
+        if attr is None:
+            with self.nodes.open(node) as fd:
+                attr = self.attributes(node, fd)
+        return attr
+
+    def getattr(self, request: Request) -> Reply:
+        node = self.nodes.get(request.node)
+        attr = self.cache.get((_ATTRIBUTES, node.ino))
+        if attr is None:
+            return super().getattr(request)
+        return (replies.encode_attr_out(attr),)
+
+    def statx(self, request: Request) -> Reply:
+        body: codec.Statx = request.body
+        node = self.nodes.get(request.node)
+        return self._cached((_STATX, node.ino, body.sx_mask), node, super().statx, request)
+
+    def readlink(self, request: Request) -> Reply:
+        node = self.nodes.get(request.node)
+        return self._cached((_TARGET, node.ino), node, super().readlink, request)
+
+    def _cached(self, key: tuple[Any, ...], node: Node, fetch: Any, request: Request) -> Reply:
+        cache = self.cache
+        reply: Reply | None = cache.get(key)
+        if reply is None:
+            stamp = cache.sample(node.ino)
+            reply = fetch(request)
+            cache.put(key, reply, stamp)
+        return reply
+
+    # ---- extended attributes ----
+
+    def getxattr(self, request: Request) -> Reply:
+        body: codec.Getxattr = request.body
+        return self._xattr((_XATTR, self.nodes.get(request.node).ino, body.name), super().getxattr, request)
+
+    def listxattr(self, request: Request) -> Reply:
+        return self._xattr((_XATTRS, self.nodes.get(request.node).ino), super().listxattr, request)
+
+    def _xattr(self, key: tuple[Any, ...], fetch: Any, request: Request) -> Reply:
+        cache, size = self.cache, request.body.size
+        value: Any = cache.get(key)
+        if value is None:
+            stamp = cache.sample(key[1])
+            # Asked with the greatest size, so that the answer serves those who only ask how big it is, too.
+            whole = Request(
+                request.unique, request.opcode, request.node, request.uid, request.gid, request.pid,
+                codec.Getxattr(request.body.name, _XATTR_SIZE_MAX),
+            )  # fmt: skip
+            try:
+                value = fetch(whole)[0]
+            except OSError as error:
+                if error.errno != errno.ENODATA:
+                    raise
+                value = _ABSENT
+            cache.put(key, value, stamp, units=1 if value is _ABSENT else 1 + len(value) // 256)
+        if value is _ABSENT:
+            raise OSError(errno.ENODATA, "known not to be set")
+        return sized(value, size)
+
+    # ---- directories ----
+
+    def opendir(self, request: Request) -> Reply:
+        # The kernel has checked the permission; the lower directory is opened when something must be fetched.
+        return (replies.encode_open(self.add_file(OpenFile(-1, os.O_RDONLY, self.nodes.get(request.node)))),)
+
+    def readdir(self, request: Request) -> Reply:
+        body: codec.Read = request.body
+        directory = self.file(body.fh)
+        if body.offset == 0 or directory.listing is None:
+            directory.listing = self._listing(directory.node)
+        room, pieces = body.size, []
+        for entry in directory.listing[body.offset :]:
+            room -= len(entry)
+            if room < 0:
+                break
+            pieces.append(entry)
+        return (b"".join(pieces),)
+
+    def _listing(self, node: Node) -> list[bytes]:
+        """All entries, as READDIR returns them; the offset of each is its place in the list."""
+        cache = self.cache
+        listing: list[bytes] | None = cache.get((_LISTING, node.ino))
+        if listing is None:
+            stamp = cache.sample(node.ino)
+            listing = []
+            with self.nodes.open(node) as at:
+                fd = os.open(syscalls.proc_path(at), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                while entries := replies.parse_dirents(syscalls.getdents(fd, _LISTING_BYTES)):
+                    for entry in entries:
+                        listing.append(replies.encode_dirent(entry._replace(offset=len(listing) + 1)))
+            finally:
+                os.close(fd)
+            cache.put((_LISTING, node.ino), listing, stamp, units=1 + len(listing))
+        return listing
+
+    def fsyncdir(self, request: Request) -> Reply:
+        with self.nodes.open(self.nodes.get(request.node)) as at:
+            fd = os.open(syscalls.proc_path(at), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return ()
+
+    # ---- files ----
+
+    def open_flags(self, node: Node) -> int:
+        """Pages that were read since the last open survive this one iff nothing has changed since then."""
+        cache, key = self.cache, (_PAGES, node.ino)
+        if cache.peek(key):
+            return abi.FOPEN_KEEP_CACHE
+        cache.put(key, True, cache.sample(node.ino))
+        return 0
