@@ -11,7 +11,8 @@ ARGS ?=
 # Programs that the tests run on a guest's mount, as package=program.
 TEST_PROGRAMS := acl=setfacl attr=getfattr git=git rsync=rsync sqlite3=sqlite3
 
-unexport PYTHONPATH PYTHONHOME
+# What the user's shell sets for other programs must not reach into .venv, nor keep Python from caching bytecode there.
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## this list
