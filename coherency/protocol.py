@@ -360,9 +360,9 @@ class Decoder:
 
     def check(self) -> None:
         """Assert rule 2: between calls less than one frame is held, and nothing after a fault."""
-        assert len(self._buffer) < MAX_FRAME_BYTES, self  # noqa: S101
-        assert self._fault is None or not self._buffer, self  # noqa: S101
-        assert self._frames * HEADER.size + len(self._buffer) <= self._received_bytes, self  # noqa: S101
+        assert len(self._buffer) < MAX_FRAME_BYTES, self
+        assert self._fault is None or not self._buffer, self
+        assert self._frames * HEADER.size + len(self._buffer) <= self._received_bytes, self
 
     def statistics(self) -> DecoderStatistics:
         """A frozen copy of the counters."""

@@ -124,7 +124,7 @@ REPORT_KEYS: Final[Mapping[str, Kind]] = {
     "name": Text(1, 64),
     "share": Path(),
     "export": Path(),
-    "daemon_pid": Unsigned(32),
+    "pid": Unsigned(32),
     "uptime_ns": Unsigned(64),
     "epoch": Unsigned(64),
     "bumps": Unsigned(64),

@@ -15,7 +15,7 @@ REPORT: Mapping[str, ReportValue] = {
     "name": "share-1",
     "share": "/srv/data",
     "export": "/run/coherency/share-1/export",
-    "daemon_pid": 4711,
+    "pid": 4711,
     "uptime_ns": 1_000_000_000,
     "epoch": 3,
     "bumps": 17,

@@ -1,0 +1,106 @@
+"""The life of a connection as the daemon sees it: states and transitions as data, and what is known of each peer.
+
+The code runs this table, `docs/spec/control.md` shows it, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, NamedTuple, NewType
+
+from coherency.errors import MessageError
+from coherency.protocol import Decoder, Goodbye, Hello, InvalidateRequest, Message, Statistics, StatusRequest
+
+
+class PeerState(Enum):
+    """What the daemon knows a connection to be."""
+
+    OPENED = "opened"
+    GUEST = "guest"
+    GUEST_ASKING = "guest asking"
+    OPERATOR = "operator"
+    OPERATOR_ASKING = "operator asking"
+    CLOSED = "closed"
+
+
+class PeerEvent(Enum):
+    """What can happen to a connection besides a message."""
+
+    ANSWERED = "answered"
+    END = "end of stream"
+    FAULT = "fault"
+    DEADLINE = "deadline"
+
+
+_OPEN_STATES: Final = tuple(state for state in PeerState if state is not PeerState.CLOSED)
+
+TRANSITIONS: Final[Mapping[tuple[PeerState, type[Message] | PeerEvent], PeerState]] = {
+    (PeerState.OPENED, Hello): PeerState.GUEST,
+    (PeerState.OPENED, StatusRequest): PeerState.OPERATOR_ASKING,
+    (PeerState.OPENED, InvalidateRequest): PeerState.OPERATOR,
+    (PeerState.GUEST, Statistics): PeerState.GUEST,
+    (PeerState.GUEST, StatusRequest): PeerState.GUEST_ASKING,
+    (PeerState.GUEST_ASKING, Statistics): PeerState.GUEST_ASKING,
+    (PeerState.GUEST_ASKING, PeerEvent.ANSWERED): PeerState.GUEST,
+    (PeerState.OPERATOR, StatusRequest): PeerState.OPERATOR_ASKING,
+    (PeerState.OPERATOR, InvalidateRequest): PeerState.OPERATOR,
+    (PeerState.OPERATOR_ASKING, PeerEvent.ANSWERED): PeerState.OPERATOR,
+    **{(state, Goodbye): PeerState.CLOSED for state in _OPEN_STATES},
+    **{(state, PeerEvent.END): PeerState.CLOSED for state in _OPEN_STATES},
+    **{(state, PeerEvent.FAULT): PeerState.CLOSED for state in _OPEN_STATES},
+    **{(state, PeerEvent.DEADLINE): PeerState.CLOSED for state in _OPEN_STATES},
+}
+
+
+def next_state(state: PeerState, happened: type[Message] | PeerEvent) -> PeerState:
+    """The state after a message or an event.  Raises `MessageError` for what the state has no line for."""
+    follower = TRANSITIONS.get((state, happened))
+    if follower is None:
+        what = happened.value if isinstance(happened, PeerEvent) else happened.__name__
+        raise MessageError(f"{what} does not belong into the state '{state.value}'")
+    return follower
+
+
+PeerId = NewType("PeerId", int)
+"""Number of a connection, from 1, never used again."""
+
+
+class Credentials(NamedTuple):
+    """What the kernel says about the process that connected."""
+
+    pid: int
+    uid: int
+
+
+class GuestSnapshot(NamedTuple):
+    """A guest as it was at one moment.  `pid` and `mode` are what it said itself; `statistics` what it sent last."""
+
+    guest_id: int
+    name: str
+    pid: int
+    mode: str
+    credentials: Credentials
+    connected_at_ns: int
+    statistics: Statistics | None
+
+
+@dataclass(slots=True)
+class Peer:
+    """A connection that the daemon has.
+
+    `snapshot`: what a guest is known to be, None for others; `owed_serial`: the request for statistics that it has not
+    answered.
+    """
+
+    peer_id: PeerId
+    credentials: Credentials
+    state: PeerState = PeerState.OPENED
+    decoder: Decoder = field(default_factory=Decoder)
+    snapshot: GuestSnapshot | None = None
+    owed_serial: int | None = None
+
+    def __str__(self) -> str:
+        title = f"guest '{self.snapshot.name}' " if self.snapshot else ""
+        return f"{title}peer {self.peer_id} (pid {self.credentials.pid}, uid {self.credentials.uid})"

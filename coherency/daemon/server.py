@@ -1,0 +1,290 @@
+"""The control socket: one thread that carries bytes between the sockets and the `switchboard`, and logs what that says.
+
+Rules:
+
+1. Nothing here waits for a peer: all sockets are non-blocking, and what a peer does not read is kept up to
+   `Limits.unsent_bytes`; then the peer is dropped.
+2. A peer gets one read of `READ_BYTES` per round, so that none can keep the others waiting.
+3. Descriptors that a peer sends are closed by the kernel, since nothing is received with room for them.
+4. Only the loop's thread touches sockets and switchboard.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from coherency.daemon.peer_states import Credentials, GuestSnapshot, PeerId
+from coherency.daemon.switchboard import Drop, Limits, Send, Switchboard, SwitchboardStatistics
+from coherency.ids import Epoch
+from coherency.protocol import Welcome
+from coherency.protocol_fields import ReportValue
+
+_log = logging.getLogger(__name__)
+
+READ_BYTES: Final = 65536
+SOCKET_MODE: Final = 0o660
+_ACCEPTS_PER_ROUND: Final = 64
+_UCRED: Final = struct.Struct("=iII")
+_OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+
+
+class ServerStatistics(NamedTuple):
+    """Those of the switchboard, and the bytes received and sent since the start."""
+
+    peers: int
+    guests: int
+    opened: int
+    dropped: int
+    messages: int
+    runs: int
+    received_bytes: int
+    sent_bytes: int
+
+
+@dataclass(slots=True)
+class _Link:
+    sock: socket.socket
+    peer: PeerId
+    unsent: bytearray = field(default_factory=bytearray)
+    table_goes_next: bool = False
+
+
+class ControlServer:
+    """Serves the control channel at `path` from `start` to `close`.
+
+    `welcome` is the template of every Welcome (its `guest_id` is replaced); `table_fd`, a read-only descriptor of the
+    table, stays the caller's and must stay open until `close`.  `status` returns the daemon's part of a status report,
+    with at least `REPORT_KEYS`; `invalidate` starts a new epoch and returns it.  Both are called from the server's
+    thread and must not wait; neither is called under a lock that the methods below take.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        welcome: Welcome,
+        table_fd: int,
+        status: Callable[[], Mapping[str, ReportValue]],
+        invalidate: Callable[[], Epoch],
+        limits: Limits | None = None,
+    ) -> None:
+        self._path = path
+        self._table_fd = table_fd
+        self._limits = limits or Limits()
+        self._board = Switchboard(
+            welcome=welcome, status=status, invalidate=invalidate, own_uid=os.geteuid(), limits=self._limits
+        )
+        self._links: dict[PeerId, _Link] = {}
+        self._selector = selectors.DefaultSelector()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._listener: socket.socket | None = None
+        self._accept_again_at_ns: int | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._close_lock = threading.Lock()
+        self._closed = False
+        self._received_bytes = 0
+        self._sent_bytes = 0
+
+    # --- from any thread ---------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Bind the socket (mode 0660) and begin to serve.  Raises `OSError` if the path cannot be bound."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.setblocking(False)
+            _bind(listener, self._path)
+            # Nobody can connect before listen(), so nobody meets the socket with another mode.
+            self._path.chmod(SOCKET_MODE)
+            listener.listen(128)
+        except OSError:
+            listener.close()
+            raise
+        self._listener = listener
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._serve, name="control-server", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, hang up on everybody, remove the socket.  May be called again, and before `start`.
+
+        Not from `status` or `invalidate`.
+        """
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = self._closing = True
+            os.eventfd_write(self._wakeup, 1)
+            if self._thread is not None:
+                self._thread.join()
+                self._path.unlink(missing_ok=True)
+            self._selector.close()
+            os.close(self._wakeup)
+
+    def guests(self) -> tuple[GuestSnapshot, ...]:
+        """The guests that are connected at this moment, by id, with the counters that they sent last."""
+        return self._board.guests()
+
+    def statistics(self) -> ServerStatistics:
+        """The counters.  Each is exact; together they are of one moment only while nothing happens."""
+        board: SwitchboardStatistics = self._board.statistics()
+        return ServerStatistics(*board, self._received_bytes, self._sent_bytes)
+
+    def check(self) -> None:
+        """Assert the invariants.  Only while the thread does not run: before `start`, after `close`."""
+        assert self._thread is None or not self._thread.is_alive()
+        assert not self._links, self._links
+        self._board.check()
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            while not self._closing:
+                self._round()
+        except Exception:  # noqa: BLE001 - whatever it was, the guests must learn at once that nobody is there
+            _log.critical("the control channel failed, hanging up on everybody", exc_info=True)
+        finally:
+            if self._listener is not None:
+                self._listener.close()
+            for link in self._links.values():
+                link.sock.close()
+            self._links.clear()
+            self._board.end()
+
+    def _round(self) -> None:
+        for key, events in self._selector.select(self._patience_s()):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fd != self._wakeup:
+                self._serve_link(key.data, events)
+        now_ns = time.monotonic_ns()
+        self._board.tick(now_ns)
+        self._act()
+        if self._accept_again_at_ns is not None and now_ns >= self._accept_again_at_ns and self._listener:
+            self._accept_again_at_ns = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def _patience_s(self) -> float | None:
+        due = [at_ns for at_ns in (self._board.next_deadline_ns, self._accept_again_at_ns) if at_ns is not None]
+        # Rounded up to the next millisecond, lest the loop turns idly in the last one.
+        return max(0, -((time.monotonic_ns() - min(due)) // 1_000_000)) / 1000 if due else None
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        for _ in range(_ACCEPTS_PER_ROUND):
+            try:
+                sock, _address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in _OUT_OF_RESOURCES:
+                    _log.warning("could not accept a connection: %s", error)
+                    return
+                # The connection stays in the queue and would wake the loop for ever.
+                _log.warning("accepting no connections for a while: %s", error)
+                self._selector.unregister(self._listener)
+                self._accept_again_at_ns = time.monotonic_ns() + self._limits.accept_pause_ns
+                return
+            self._open(sock)
+
+    def _open(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        peer = self._board.opened(Credentials(pid, uid), time.monotonic_ns())
+        link = self._links[peer] = _Link(sock, peer)
+        self._selector.register(sock, selectors.EVENT_READ, link)
+        self._act()
+
+    def _serve_link(self, link: _Link, events: int) -> None:
+        if events & selectors.EVENT_WRITE and link.peer in self._links:
+            self._flush(link)
+        if events & selectors.EVENT_READ and link.peer in self._links:
+            try:
+                data = link.sock.recv(READ_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._board.lost(link.peer, f"could not be read: {error.strerror}", time.monotonic_ns())
+            else:
+                self._received_bytes += len(data)
+                self._board.received(link.peer, data, time.monotonic_ns())
+        self._act()
+
+    def _act(self) -> None:
+        while actions := self._board.take_actions():
+            for action in actions:
+                link = self._links.get(action.peer)
+                if link is None:
+                    continue
+                if isinstance(action, Send):
+                    link.unsent += action.frame
+                    if action.joined:
+                        _log.info("%s joined", action.joined)
+                        link.table_goes_next = True
+                    self._flush(link)
+                else:
+                    self._hang_up(link, action)
+
+    def _flush(self, link: _Link) -> None:
+        try:
+            while link.unsent:
+                self._send_some(link)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._board.lost(link.peer, f"could not be written: {error.strerror}", time.monotonic_ns())
+            return
+        if len(link.unsent) > self._limits.unsent_bytes:
+            self._board.lost(link.peer, f"does not read: {len(link.unsent)} bytes are unsent", time.monotonic_ns())
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.unsent else 0)
+        if self._selector.get_key(link.sock).events != events:
+            self._selector.modify(link.sock, events, link)
+
+    def _send_some(self, link: _Link) -> None:
+        chunk = bytes(link.unsent[:READ_BYTES])
+        if link.table_goes_next:
+            # A Welcome is the first frame that a guest gets, so the descriptor leaves with the first byte of it.
+            sent = socket.send_fds(link.sock, [chunk], [self._table_fd])
+            link.table_goes_next = False
+        else:
+            sent = link.sock.send(chunk)
+        self._sent_bytes += sent
+        del link.unsent[:sent]
+
+    def _hang_up(self, link: _Link, drop: Drop) -> None:
+        if drop.orderly:
+            _log.log(logging.INFO if drop.was_guest else logging.DEBUG, "%s %s", drop.who, drop.reason)
+        else:
+            _log.warning("dropping %s: %s", drop.who, drop.reason, exc_info=drop.error)
+        try:
+            link.unsent += drop.farewell
+            while link.unsent:
+                self._send_some(link)
+        except OSError:
+            _log.debug("%s: the farewell could not be sent", drop.who)
+        self._selector.unregister(link.sock)
+        link.sock.close()
+        del self._links[link.peer]
+
+
+def _bind(listener: socket.socket, path: Path) -> None:
+    """Bind by way of the directory's descriptor: the address of a socket holds only 107 bytes, a path may be longer."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener.bind(f"/proc/self/fd/{directory}/{path.name}")
+    finally:
+        os.close(directory)

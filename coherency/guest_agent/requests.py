@@ -1,0 +1,83 @@
+"""What one asks a daemon without being its guest: a status, a new epoch, and which names there are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from coherency.errors import MessageError
+from coherency.guest_agent.channel import Channel
+from coherency.ids import Epoch
+from coherency.protocol import (
+    CONTROL_SOCKET_NAME,
+    GuestReport,
+    Invalidated,
+    InvalidateRequest,
+    Message,
+    StatusReply,
+    StatusRequest,
+)
+
+Answer = TypeVar("Answer")
+
+Status = dict[str, Any]
+"""The daemon's report (`REPORT_KEYS` and more), and under "guests" a list with the fields of each GuestReport."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a guest or an operator waits for what; what happens then stands in `docs/spec/control.md`."""
+
+    answer_ns: int = 5_000_000_000
+    first_retry_ns: int = 100_000_000
+    last_retry_ns: int = 2_000_000_000
+
+
+def fetch_status(runtime_root: Path, name: str, *, patience: Patience | None = None) -> Status:
+    """Ask the daemon of `name` how it and its guests are.
+
+    Raises `DaemonUnavailable` if nobody serves the name, `Refused`, `UsageError`, `PeerError`.
+    """
+    deadline_ns = time.monotonic_ns() + (patience or Patience()).answer_ns
+    with contextlib.closing(Channel.dial(runtime_root, name, deadline_ns=deadline_ns)) as channel:
+        channel.ask(StatusRequest())
+        guests = []
+        while isinstance(message := channel.answer(deadline_ns), GuestReport):
+            guests.append(message)
+        return status_of(require(StatusReply, message), guests)
+
+
+def invalidate(runtime_root: Path, name: str, *, patience: Patience | None = None) -> Epoch:
+    """Make the daemon of `name` begin a new epoch, so that every guest distrusts all that it has.  Returns the epoch.
+
+    Raises like `fetch_status`; `Refused` if this user is neither root nor the daemon's.
+    """
+    deadline_ns = time.monotonic_ns() + (patience or Patience()).answer_ns
+    with contextlib.closing(Channel.dial(runtime_root, name, deadline_ns=deadline_ns)) as channel:
+        channel.ask(InvalidateRequest())
+        return Epoch(require(Invalidated, channel.answer(deadline_ns)).epoch)
+
+
+def served_names(runtime_root: Path) -> list[str]:
+    """The names in `runtime_root` that have a control socket, sorted.  Whether anybody listens is not asked."""
+    try:
+        entries = os.listdir(runtime_root)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in entries if (runtime_root / name / CONTROL_SOCKET_NAME).is_socket())
+
+
+def require(kind: type[Answer], message: Message) -> Answer:
+    """Return `message` if it is of this kind; raises `MessageError` otherwise."""
+    if not isinstance(message, kind):
+        raise MessageError(f"the daemon answered with {type(message).__name__} instead of {kind.__name__}")
+    return message
+
+
+def status_of(reply: StatusReply, guests: list[GuestReport]) -> Status:
+    """Put a daemon's answer together."""
+    return {**reply.report, "guests": [asdict(guest) for guest in guests]}
