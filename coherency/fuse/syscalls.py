@@ -29,12 +29,16 @@ STATX_BTIME: Final = 0x800
 STATX_BYTES: Final = 256
 
 _SYS_GETDENTS64: Final = 217
+_SYS_OPENAT2: Final = 437
+_RESOLVE_NO_SYMLINKS: Final = 0x04
+_RESOLVE_BENEATH: Final = 0x08
 _PR_GET_SECUREBITS: Final = 27
 _PR_SET_SECUREBITS: Final = 28
 _SECBIT_NO_SETUID_FIXUP: Final = 1 << 2
 _HANDLE_BYTES: Final = 128
 _handle_head = struct.Struct("=Ii")
 _timespecs = struct.Struct("=qqqq")
+_open_how = struct.Struct("=QQQ")
 _STATX_INO_OFFSET: Final = 32
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -62,7 +66,11 @@ _setfsuid = _declare("setfsuid", _c_uint)
 _setfsgid = _declare("setfsgid", _c_uint)
 _name_to_handle_at = _declare("name_to_handle_at", _c_int, _c_char_p, _c_void_p, _c_void_p, _c_int)
 _open_by_handle_at = _declare("open_by_handle_at", _c_int, _c_void_p, _c_int)
-_syscall = _declare("syscall", _c_long, _c_long, _c_void_p, _c_long, restype=_c_long)
+_getdents = _declare("syscall", _c_long, _c_long, _c_void_p, _c_long, restype=_c_long)
+
+# The C library has one ``syscall``; another object for it, since the argument types belong to the object.
+_openat2 = ctypes.CDLL(None, use_errno=True).syscall
+_openat2.argtypes, _openat2.restype = (_c_long, _c_long, _c_char_p, _c_char_p, ctypes.c_size_t), _c_long
 
 
 def _check(result: int) -> int:
@@ -123,7 +131,7 @@ def syncfs(fd: int) -> None:
 def getdents(fd: int, size_bytes: int) -> bytes:
     """The next ``struct linux_dirent64`` records of an open directory, at most ``size_bytes``; empty at its end."""
     buffer = ctypes.create_string_buffer(size_bytes)
-    count = _check(_syscall(_SYS_GETDENTS64, fd, ctypes.addressof(buffer), size_bytes))
+    count = _check(_getdents(_SYS_GETDENTS64, fd, ctypes.addressof(buffer), size_bytes))
     return buffer.raw[:count] if count < size_bytes // 2 else ctypes.string_at(buffer, count)
 
 
@@ -164,3 +172,9 @@ def set_fs_ids(uid: int, gid: int) -> None:
     _setfsuid(uid)
     if _setfsuid(uid) != uid or _setfsgid(gid) != gid:
         raise PermissionError(errno.EPERM, f"cannot act as uid {uid}, gid {gid}: CAP_SETUID and CAP_SETGID are needed")
+
+
+def open_beneath(directory: int, path: bytes, flags: int) -> int:
+    """Open ``path`` below ``directory`` (empty: itself), through real directories only: a symlink on the way is ELOOP."""
+    how = _open_how.pack(flags | os.O_CLOEXEC, 0, _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS)
+    return _check(_openat2(_SYS_OPENAT2, directory, path or b".", how, len(how)))

@@ -18,12 +18,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from coherency.ids import HostInode
 from coherency.shm_table import Stamp, TableReader
 
 DEFAULT_CAPACITY: Final = 1_000_000
+Entry: TypeAlias = tuple[Any, tuple[tuple[int, int], ...], int, int]
 
 
 @dataclass
@@ -51,8 +52,9 @@ class UserCache:
     ) -> None:
         """``capacity``: units, one for an entry and more for big ones (see ``put``)."""
         self.reader, self.counters, self.capacity = reader, counters, capacity
-        self._words, self._epoch_word, self._clock_ns = reader.words, reader.epoch_word, clock_ns
-        self._entries: OrderedDict[Hashable, tuple[Any, tuple[tuple[int, int], ...], int, int]] = OrderedDict()
+        self.words, self.epoch_word, self._clock_ns = reader.words, reader.epoch_word, clock_ns
+        # For hot paths that look inside ``get`` themselves: key to (value, ((word, version), ...), epoch, units).
+        self.entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._units = 0
         self._lock = threading.Lock()  # of what ``put`` and ``clear`` change
 
@@ -62,7 +64,7 @@ class UserCache:
 
     def get(self, key: Hashable) -> Any | None:
         """The valid answer, or None: fetch it."""
-        entry = self._entries.get(key)
+        entry = self.entries.get(key)
         if entry is None:
             self.counters.misses += 1
             return None
@@ -71,22 +73,22 @@ class UserCache:
             return None
         self.counters.hits += 1
         try:
-            self._entries.move_to_end(key)
+            self.entries.move_to_end(key)
         except KeyError:  # evicted meanwhile; the answer is right all the same
             pass
         return entry[0]
 
     def peek(self, key: Hashable) -> Any | None:
         """Like ``get``, but neither counted nor regarded as a use."""
-        entry = self._entries.get(key)
+        entry = self.entries.get(key)
         return entry[0] if entry is not None and self._is_valid(entry) else None
 
-    def _is_valid(self, entry: tuple[Any, tuple[tuple[int, int], ...], int, int]) -> bool:
-        words = self._words
+    def _is_valid(self, entry: Entry) -> bool:
+        words = self.words
         for word, version in entry[1]:
             if words[word] != version:  # pairs with TableWriter.begin
                 return False
-        return words[self._epoch_word] == entry[2] and self._clock_ns() < self.reader.trusted_until_ns
+        return words[self.epoch_word] == entry[2] and self._clock_ns() < self.reader.trusted_until_ns
 
     def put(self, key: Hashable, value: Any, *stamps: Stamp | None, units: int = 1) -> None:
         """Keep ``value`` (not None), which was fetched after ``stamps`` were sampled. Without all of them it is not kept."""
@@ -99,23 +101,23 @@ class UserCache:
         if not pairs or units > self.capacity:
             return
         with self._lock:
-            old = self._entries.pop(key, None)
+            old = self.entries.pop(key, None)
             self._units += units - (old[3] if old else 0)
-            self._entries[key] = value, tuple(pairs), epoch, units
+            self.entries[key] = value, tuple(pairs), epoch, units
             while self._units > self.capacity:
-                self._units -= self._entries.popitem(last=False)[1][3]
+                self._units -= self.entries.popitem(last=False)[1][3]
 
     def clear(self) -> None:
         with self._lock:
-            self._entries.clear()
+            self.entries.clear()
             self._units = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def check(self) -> None:
         """The invariants that hold at any time; raises AssertionError."""
         with self._lock:
-            assert self._units == sum(entry[3] for entry in self._entries.values()), "units"
+            assert self._units == sum(entry[3] for entry in self.entries.values()), "units"
             assert self._units <= self.capacity, "capacity"
-            assert all(entry[1] for entry in self._entries.values()), "an entry without a stamp"
+            assert all(entry[1] for entry in self.entries.values()), "an entry without a stamp"

@@ -36,6 +36,7 @@ class CachingFileSystem(Passthrough):
         """``lower``: the open lower directory, owned by this object from now on."""
         super().__init__(lower, descriptor_limit=descriptor_limit)
         self.cache = cache
+        self.answered_here = 0  # requests that needed nothing of the lower directory; counted like cache.Counters
 
     # ---- names and attributes ----
 
@@ -44,10 +45,16 @@ class CachingFileSystem(Passthrough):
         parent = self.nodes.get(request.node)
         node = cache.get((_NAME, parent.ino, name))
         if node is _ABSENT:
+            self.answered_here += 1
             raise FileNotFoundError(errno.ENOENT, "known not to exist")
         if node is not None and self.nodes.remember(node):
+            attr: bytes | None = cache.get((_ATTRIBUTES, node.ino))
+            if attr is not None:
+                self.answered_here += 1
+                return (self.entry(node, attr),)
             try:
-                return (self.entry(node, self._attributes_of(cache, node)),)
+                with self.nodes.open(node) as fd:
+                    return (self.entry(node, self.attributes(node, fd)),)
             except BaseException:
                 self.nodes.forget(node.id, 1)
                 raise
@@ -82,18 +89,12 @@ class CachingFileSystem(Passthrough):
         cache.put((_ATTRIBUTES, node.ino), attr, stamp)
         return attr
 
-    def _attributes_of(self, cache: UserCache, node: Node) -> bytes:
-        attr: bytes | None = cache.get((_ATTRIBUTES, node.ino))
-        if attr is None:
-            with self.nodes.open(node) as fd:
-                attr = self.attributes(node, fd)
-        return attr
-
     def getattr(self, request: Request) -> Reply:
         node = self.nodes.get(request.node)
         attr = self.cache.get((_ATTRIBUTES, node.ino))
         if attr is None:
             return super().getattr(request)
+        self.answered_here += 1
         return (replies.encode_attr_out(attr),)
 
     def statx(self, request: Request) -> Reply:
@@ -108,10 +109,12 @@ class CachingFileSystem(Passthrough):
     def _cached(self, key: tuple[Any, ...], node: Node, fetch: Any, request: Request) -> Reply:
         cache = self.cache
         reply: Reply | None = cache.get(key)
-        if reply is None:
-            stamp = cache.sample(node.ino)
-            reply = fetch(request)
-            cache.put(key, reply, stamp)
+        if reply is not None:
+            self.answered_here += 1
+            return reply
+        stamp = cache.sample(node.ino)
+        reply = fetch(request)
+        cache.put(key, reply, stamp)
         return reply
 
     # ---- extended attributes ----
@@ -140,6 +143,8 @@ class CachingFileSystem(Passthrough):
                     raise
                 value = _ABSENT
             cache.put(key, value, stamp, units=1 if value is _ABSENT else 1 + len(value) // 256)
+        else:
+            self.answered_here += 1
         if value is _ABSENT:
             raise OSError(errno.ENODATA, "known not to be set")
         return sized(value, size)
@@ -148,6 +153,7 @@ class CachingFileSystem(Passthrough):
 
     def opendir(self, request: Request) -> Reply:
         # The kernel has checked the permission; the lower directory is opened when something must be fetched.
+        self.answered_here += 1
         return (replies.encode_open(self.add_file(OpenFile(-1, os.O_RDONLY, self.nodes.get(request.node)))),)
 
     def readdir(self, request: Request) -> Reply:
@@ -155,6 +161,8 @@ class CachingFileSystem(Passthrough):
         directory = self.file(body.fh)
         if body.offset == 0 or directory.listing is None:
             directory.listing = self._listing(directory.node)
+        else:
+            self.answered_here += 1
         room, pieces = body.size, []
         for entry in directory.listing[body.offset :]:
             room -= len(entry)
@@ -179,7 +187,13 @@ class CachingFileSystem(Passthrough):
             finally:
                 os.close(fd)
             cache.put((_LISTING, node.ino), listing, stamp, units=1 + len(listing))
+        else:
+            self.answered_here += 1
         return listing
+
+    def releasedir(self, request: Request) -> Reply:
+        self.answered_here += 1
+        return super().releasedir(request)
 
     def fsyncdir(self, request: Request) -> Reply:
         with self.nodes.open(self.nodes.get(request.node)) as at:

@@ -1,0 +1,309 @@
+"""The command line: arguments, output, exit codes. What is decided is decided elsewhere.
+
+Exit codes: 0 done (also after SIGTERM or Ctrl-C), 1 something is wrong that the message tells, 2 impossible options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from coherency import __version__
+from coherency.daemon.service import Service, ServiceOptions
+from coherency.demo import Demo, Step
+from coherency.errors import CoherencyError, DaemonUnavailable, UsageError
+from coherency.guest_agent.api import RUNTIME_ROOT_VARIABLE
+from coherency.guest_agent.client import fetch_status, invalidate
+from coherency.guest_agent.mount import MODES, GuestMount, MountOptions
+from coherency.protocol import CONTROL_SOCKET_NAME, DEFAULT_RUNTIME_ROOT
+from coherency.shm_table import DEFAULT_SLOT_COUNT, require_platform
+
+_SECOND_NS: Final = 1_000_000_000
+_LOOK_EVERY_S: Final = 0.2
+_MAX_SLOTS: Final = 1 << 30
+
+_runtime_dir = click.option(
+    "--runtime-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_RUNTIME_ROOT,
+    envvar=RUNTIME_ROOT_VARIABLE,
+    show_default=True,
+    show_envvar=True,
+    help="The parent of the daemons' directories.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+_verbose = click.option(
+    "-v", "--verbose", is_flag=True, help="Log what happens to standard error, not only what is wrong."
+)
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        _fail(str(error), 2)
+    except CoherencyError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        _fail(f"{error.filename or 'system'}: {error.strerror}", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"coherency: {message}", err=True)
+    sys.exit(code)
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="coherency")
+def main() -> None:
+    """Share one directory with several guests: never stale, and without asking the host for what did not change.
+
+    \b
+    coherency serve /srv/share --name work         # on the host: the daemon
+    coherency mount work /mnt/a --cache access     # a guest on the same machine
+    coherency status work                          # who is there, hits and refreshes
+    coherency demo                                 # see it at work, nothing to prepare
+    """
+
+
+@main.command()
+@click.argument("share", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="What guests call the share.")
+@_runtime_dir
+@click.option(
+    "--table",
+    type=click.Choice(["memfd", "posix"]),
+    default="memfd",
+    show_default=True,
+    help="Where the version table lives: sealed anonymous memory, or a POSIX object with a stable name (for QEMU).",
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(1, _MAX_SLOTS),
+    default=DEFAULT_SLOT_COUNT,
+    show_default=True,
+    help="Version words, a power of two; eight bytes each. Fewer cost refreshes, never a stale answer.",
+)
+@click.option(
+    "--live-dangerously", is_flag=True, help="Never bump a version: guests WILL be stale. For demonstrations."
+)
+@_verbose
+def serve(
+    share: Path, name: str, runtime_dir: Path, table: str, slots: int, live_dangerously: bool, verbose: bool
+) -> None:
+    """Serve the directory SHARE until SIGTERM or Ctrl-C.
+
+    Guests reach it through RUNTIME_DIR/NAME: control.sock, table, and export, the mount through which all changes go.
+
+    \b
+    coherency serve /srv/share --name work
+    coherency serve . --name test --runtime-dir /tmp/run
+    """
+    _log_to_stderr(verbose)
+    with _errors_as_messages():
+        require_platform()
+        if slots & (slots - 1):
+            raise UsageError(f"--slots {slots} is not a power of two; {1 << slots.bit_length()} is the next one")
+        service = Service(
+            ServiceOptions(
+                share, name, runtime_dir.absolute(), posix_table=table == "posix", slot_count=slots,
+                live_dangerously=live_dangerously,
+            )
+        )  # fmt: skip
+        _run(service, f"serving {share} as '{name}': guests use {service.directory.export}")
+
+
+@main.command()
+@click.argument("name")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--cache",
+    type=click.Choice(MODES),
+    default="access",
+    show_default=True,
+    help="none: ask the host each time. auto: believe for --timeout. always: believe for ever. "
+    "access: compare versions each time, never stale.",
+)
+@click.option(
+    "--timeout", type=click.FloatRange(0), help="Seconds that --cache auto believes what it has. [default: 1]"
+)
+@click.option(
+    "--writeback/--no-writeback", default=False, help="Let the kernel collect writes (none, auto, always only)."
+)
+@click.option("--guest", help="What the daemon calls this guest. [default: host name and process id]")
+@_runtime_dir
+@_verbose
+def mount(
+    name: str, mountpoint: Path, cache: str, timeout: float | None, writeback: bool, guest: str | None, runtime_dir: Path,
+    verbose: bool,
+) -> None:  # fmt: skip
+    """Mount the share NAME on MOUNTPOINT as a guest of its own, until SIGTERM or Ctrl-C.
+
+    \b
+    coherency mount work /mnt/a --cache access
+    coherency mount work /mnt/b --cache auto --timeout 0.5
+    """
+    _log_to_stderr(verbose)
+    with _errors_as_messages():
+        require_platform()
+        timeout_ns = None if timeout is None else round(timeout * _SECOND_NS)
+        guest_mount = GuestMount(
+            MountOptions(name, mountpoint, runtime_dir.absolute(), cache, timeout_ns, writeback, guest)
+        )
+        _run(guest_mount, f"mounted '{name}' on {mountpoint} ({cache})")
+
+
+def _run(thing: Service | GuestMount, ready: str) -> None:
+    """In the foreground until a signal comes, or somebody unmounts it."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    thing.start()
+    try:
+        click.echo(ready)
+        unmounted = False
+        while not unmounted and not stop.wait(_LOOK_EVERY_S):
+            unmounted = thing.wait(0)
+    finally:
+        thing.close()
+    if unmounted:
+        raise CoherencyError("somebody else has unmounted it: stopped")
+
+
+@main.command()
+@click.argument("name", required=False)
+@_runtime_dir
+@_json
+def status(name: str | None, runtime_dir: Path, as_json: bool) -> None:
+    """Show the daemon NAME, or all daemons: guests, hits, misses, refreshes, bumps, epoch, table.
+
+    \b
+    coherency status
+    coherency status work --json
+    """
+    with _errors_as_messages():
+        names = [name] if name else _names(runtime_dir)
+        found: dict[str, dict[str, Any]] = {}
+        for each in names:
+            try:
+                found[each] = fetch_status(runtime_dir, each)
+            except DaemonUnavailable:
+                if name:
+                    raise
+    if as_json:
+        documents = list(found.values())
+        click.echo(json.dumps(documents[0] if name else documents, indent=2))
+        return
+    if not found:
+        click.echo(f"no daemon serves in {runtime_dir}")
+    console = Console()
+    for report in found.values():
+        _print_status(console, report)
+
+
+def _names(runtime_dir: Path) -> list[str]:
+    try:
+        return sorted(each.name for each in runtime_dir.iterdir() if (each / CONTROL_SOCKET_NAME).exists())
+    except FileNotFoundError:
+        return []
+
+
+def _print_status(console: Console, report: dict[str, Any]) -> None:
+    title = f"[bold]{report['name']}[/bold]  {escape(str(report['share']))} → {escape(str(report['export']))}"
+    console.print(title, soft_wrap=True)
+    seconds = int(report["uptime_ns"]) // _SECOND_NS
+    console.print(
+        f"  pid {report['pid']}, up {seconds} s, epoch {report['epoch']}, {report['bumps']} bumps, "
+        f"{report['requests']} requests, table {int(report['table_bytes']) // 1024} KiB ({report['table_kind']}, "
+        f"{report['slot_count']} slots), {report['nodes']} inodes known",
+        soft_wrap=True,
+    )
+    if report["bumping"] != "on":
+        console.print("  [bold red]bumps are switched off: guests are stale[/bold red]")
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for heading in ("  guest", "pid", "cache", "hits", "misses", "refreshes", "host trips", "entries"):
+        table.add_column(heading, justify="left" if heading == "  guest" else "right")
+    for guest in report["guests"]:
+        name = f"  {guest['name']}" + ("" if guest["answered"] else " (silent)")
+        numbers = (guest[key] for key in ("hits", "misses", "refreshes", "lower_requests", "entries"))
+        table.add_row(escape(name), str(guest["pid"]), guest["mode"], *map(str, numbers))
+    console.print(table if report["guests"] else "  no guests")
+
+
+@main.command("invalidate")
+@click.argument("name")
+@_runtime_dir
+@_json
+def invalidate_command(name: str, runtime_dir: Path, as_json: bool) -> None:
+    """Begin a new epoch: every guest of NAME fetches afresh whatever it uses next.
+
+    For the day when the share was changed behind the daemon's back.
+
+    \b
+    coherency invalidate work
+    """
+    with _errors_as_messages():
+        epoch = invalidate(runtime_dir, name)
+    click.echo(json.dumps({"name": name, "epoch": epoch}) if as_json else f"'{name}' is in epoch {epoch} now")
+
+
+@main.command()
+@click.option("--live-dangerously", is_flag=True, help="Switch the bumps off, and see what stale looks like.")
+@_json
+def demo(live_dangerously: bool, as_json: bool) -> None:
+    """Serve a copy of Python's standard library to two guests, change files in one, and watch the other.
+
+    Needs nothing prepared; makes everything in a temporary directory and removes it.
+
+    \b
+    coherency demo
+    coherency demo --live-dangerously
+    """
+    console = Console(stderr=as_json, highlight=False)
+    steps: list[Step] = []
+    with _errors_as_messages(), Demo(live_dangerously=live_dangerously) as scenario:
+        for step in scenario.run(lambda text: console.print(f"[dim]{escape(text)}[/dim]")):
+            steps.append(step)
+            _print_step(console, step)
+    stale = sum(step.stale for step in steps)
+    if as_json:
+        click.echo(json.dumps({"stale": stale, "steps": [dataclasses.asdict(step) for step in steps]}, indent=2))
+    if live_dangerously:
+        console.print(f"\n[bold red]{stale} stale answers[/bold red]: this is what the bumps are for.")
+        sys.exit(0 if stale else 1)
+    console.print(
+        f"\n[bold red]{stale} stale answers: this must not happen, please report it[/bold red]" if stale
+        else "\n[bold green]No stale answer.[/bold green] Now try: coherency demo --live-dangerously"
+    )  # fmt: skip
+    sys.exit(1 if stale else 0)
+
+
+def _print_step(console: Console, step: Step) -> None:
+    mark = "[bold red]STALE[/bold red]" if step.stale else "[green]ok[/green]   "
+    trips = f"{step.host_trips} host trip{'' if step.host_trips == 1 else 's'}"
+    console.print(f"{mark} {escape(step.what)}", soft_wrap=True)
+    console.print(f"      {escape(step.seen)}  [cyan]{trips}[/cyan], {step.milliseconds:.1f} ms", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A guest mount: the agent's FUSE front over the lower directory, and its connection to the daemon.
+
+The mount outlives the daemon. While the daemon is gone the lower directory answers with errors, and so does the mount;
+nothing of the user cache is used, since the reader is withdrawn. When the daemon is back, the nodes that the kernel
+knows are found again by their names in the new lower directory, and a new cache begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from coherency.errors import MountError, UsageError
+from coherency.fuse.nodes import descriptor_budget
+from coherency.fuse.passthrough import Passthrough
+from coherency.fuse.replies import FOREVER_NS
+from coherency.fuse.session import Session
+from coherency.fuse.tree import KernelCache
+from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
+from coherency.guest_agent.client import Client
+from coherency.guest_agent.filesystem import CachingFileSystem
+from coherency.protocol import Welcome
+from coherency.shm_table import TableReader
+
+log = logging.getLogger(__name__)
+
+MODES: Final = ("none", "auto", "always", "access")
+DEFAULT_TIMEOUT_NS: Final = 1_000_000_000
+_QUIESCENCE_POLL_S: Final = 0.05
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """What the operator asked for. Raises :class:`UsageError` if that contradicts itself."""
+
+    name: str
+    mountpoint: Path
+    runtime_root: Path
+    mode: str
+    timeout_ns: int | None = None
+    writeback: bool = False
+    guest_name: str | None = None
+    cache_capacity: int = DEFAULT_CAPACITY
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UsageError(f"--cache is one of {', '.join(MODES)}, not {self.mode!r}")
+        if self.timeout_ns is not None and self.mode != "auto":
+            raise UsageError(f"--timeout belongs to --cache auto; with {self.mode} there is no time to set")
+        if self.writeback and self.mode == "access":
+            raise UsageError(
+                "--writeback and --cache access exclude each other: with it the kernel believes its own sizes and times"
+            )
+
+    def kernel_cache(self) -> KernelCache:
+        """What the guest's kernel may keep in this mode."""
+        if self.mode == "always":
+            return KernelCache(FOREVER_NS, FOREVER_NS, keep_pages=True, readdirplus=True, writeback=self.writeback)
+        if self.mode == "auto":
+            timeout_ns = DEFAULT_TIMEOUT_NS if self.timeout_ns is None else self.timeout_ns
+            return KernelCache(timeout_ns, timeout_ns, readdirplus=True, writeback=self.writeback)
+        return KernelCache(writeback=self.writeback)
+
+
+class MountStatistics(NamedTuple):
+    """What a guest tells the daemon, and its mount's own counters."""
+
+    hits: int
+    misses: int
+    refreshes: int
+    lower_requests: int  # requests of the guest's kernel that needed the lower directory
+    entries: int
+    requests: int  # all requests of the guest's kernel
+
+
+class GuestMount:
+    """One mount, from ``start()`` to ``close()``."""
+
+    def __init__(self, options: MountOptions) -> None:
+        self.options = options
+        self._counters = Counters()
+        self._file_system: Passthrough | None = None
+        self._session: Session | None = None
+        self._undo = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Mounted and answering when this returns; nothing is left behind when it raises."""
+        options = self.options
+        if not options.mountpoint.is_dir():
+            raise MountError(f"{options.mountpoint} is not a directory: make it first (mkdir {options.mountpoint})")
+        with contextlib.ExitStack() as undo:
+            self.client = Client.connect(
+                options.runtime_root,
+                options.name,
+                guest_name=options.guest_name or f"{socket.gethostname()[:40]}-{os.getpid()}",
+                mode=options.mode,
+                statistics=self.statistics,
+                reconnect=True,
+                on_connected=self._on_connected,
+            )
+            undo.callback(self.client.close)
+            lower = _open_lower(self.client.welcome, options.mountpoint)
+            file_system = self._file_system = self._make_file_system(lower)
+            try:
+                session = self._session = Session.mount(
+                    str(options.mountpoint), file_system, source=f"coherency:{options.name}", name="mount"
+                )
+            except BaseException:
+                file_system.close()
+                raise
+            undo.callback(session.close)
+            session.start()
+            self._undo = undo.pop_all()
+
+    def _make_file_system(self, lower: int) -> Passthrough:
+        budget = descriptor_budget()
+        if self.options.mode == "access":
+            return CachingFileSystem(lower, self._make_cache(self.client.reader), descriptor_limit=budget)
+        return Passthrough(lower, descriptor_limit=budget, kernel_cache=self.options.kernel_cache())
+
+    def _make_cache(self, reader: TableReader) -> UserCache:
+        return UserCache(reader, self._counters, capacity=self.options.cache_capacity)
+
+    def _on_connected(self, reader: TableReader, welcome: Welcome) -> None:
+        """The daemon is back, with a new table and a new export (on the client's thread)."""
+        file_system, session = self._file_system, self._session
+        if file_system is None or session is None:
+            return
+        try:
+            abandoned = file_system.nodes.rebase(_open_lower(welcome, self.options.mountpoint))
+        except (MountError, OSError) as error:
+            log.warning("the daemon is back, its export is not: %s", error)
+            return
+        if isinstance(file_system, CachingFileSystem):
+            file_system.cache = self._make_cache(reader)  # after the nodes: what it keeps was fetched through them
+        threading.Thread(
+            target=_close_when_unused, args=(session, abandoned), name="abandoned-descriptors", daemon=True
+        ).start()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until somebody unmounts it; false after ``timeout_s``."""
+        assert self._session is not None  # noqa: S101
+        return self._session.wait(timeout_s)
+
+    def close(self) -> None:
+        """Unmount, say goodbye. Who still uses the mount gets errors from now on."""
+        self._undo.close()
+
+    def statistics(self) -> MountStatistics:
+        file_system, counters = self._file_system, self._counters
+        requests = self._session.statistics().requests if self._session else 0
+        entries = here = 0
+        if isinstance(file_system, CachingFileSystem):
+            entries, here = len(file_system.cache), file_system.answered_here
+        return MountStatistics(
+            counters.hits, counters.misses, counters.refreshes, max(requests - here, 0), entries, requests
+        )
+
+
+def _open_lower(welcome: Welcome, mountpoint: Path) -> int:
+    lower = welcome.export
+    if os.path.realpath(lower) == os.path.realpath(mountpoint):
+        raise UsageError(f"{mountpoint} is the daemon's export: choose another mount point")
+    try:
+        return os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise MountError(f"cannot open the lower directory {lower}: {error.strerror}") from error
+
+
+def _close_when_unused(session: Session, descriptors: list[int]) -> None:
+    users = session.in_flight()
+    while users & session.in_flight() and not session.wait(_QUIESCENCE_POLL_S):
+        pass
+    for fd in descriptors:
+        os.close(fd)
