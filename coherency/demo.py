@@ -150,7 +150,7 @@ def _environment() -> dict[str, str]:
 
 def _first_line(process: subprocess.Popen[bytes]) -> bytes:
     """What a child prints when it is ready; empty if it ends, or takes too long."""
-    assert process.stdout is not None  # noqa: S101
+    assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], _START_TIMEOUT_S)
     return process.stdout.readline() if ready else b""
 

@@ -90,10 +90,14 @@ class NodeStatistics:
 class NodeStore:
     """All nodes of one mount. Thread-safe; the lock is never held over a system call that may wait for a server."""
 
-    def __init__(self, root: int, *, descriptor_limit: int) -> None:
-        """``root``: an open directory (not O_PATH), owned by the store from now on."""
+    def __init__(self, root: int, *, descriptor_limit: int, descriptors_pin: bool = True) -> None:
+        """``root``: an open directory (not O_PATH), owned by the store from now on.
+
+        ``descriptors_pin``: a descriptor keeps the inode number from being used again. Not so over a FUSE server that
+        has more inodes than descriptors itself; then file handles are compared each time.
+        """
         self._lock = threading.Lock()
-        self._limit = descriptor_limit
+        self._limit, self._descriptors_pin = descriptor_limit, descriptors_pin
         self._mount_fd = root
         status = os.fstat(root)
         self.root_device = status.st_dev
@@ -118,21 +122,21 @@ class NodeStore:
         except KeyError:
             raise OSError(errno.ESTALE, f"unknown node {node_id}") from None
 
-    def known(self, ino: HostInode) -> bool:
-        """Whether a node of the root's device has this inode number."""
-        return (self.root_device, ino) in self._by_key
-
     def inode_number(self, status: os.stat_result) -> HostInode:
         """The number under which guests see an inode.
 
         It is the inode's own on the root's file system. A guest sees one device for the whole tree, so on file systems
         mounted further down the number is told apart by its upper byte.
         """
-        if status.st_dev == self.root_device:
-            return HostInode(status.st_ino)
+        return self.number_on(status.st_dev, status.st_ino)
+
+    def number_on(self, device: int, ino: int) -> HostInode:
+        """The same for an inode number that was read from a directory on ``device``."""
+        if device == self.root_device:
+            return HostInode(ino)
         with self._lock:
-            index = self._extra_devices.setdefault(status.st_dev, len(self._extra_devices) + 1)
-        return HostInode(status.st_ino ^ (index % 255 + 1) << 56)
+            index = self._extra_devices.setdefault(device, len(self._extra_devices) + 1)
+        return HostInode(ino ^ (index % 255 + 1) << 56)
 
     def inode_of(self, fd: int) -> HostInode:
         """The number under which guests see what was just opened, as the kernel knows it: no server is asked.
@@ -149,7 +153,11 @@ class NodeStore:
         key = (status.st_dev, status.st_ino)
         node = self._by_key.get(key)
         handle = None
-        if (node is None or node.fd < 0) and (node is not None or self._descriptors >= self._limit):
+        if (
+            not self._descriptors_pin
+            or (node is None and self._descriptors >= self._limit)
+            or (node is not None and node.fd < 0)
+        ):
             try:
                 handle = syscalls.file_handle(fd)
             except OSError:
@@ -161,20 +169,22 @@ class NodeStore:
             if node is None or not self._same(node, handle):
                 node = Node(NodeId(self._next_id), ino, key, status.st_mode)
                 self._next_id += 1
-                node.handle = handle
                 self._nodes[node.id] = self._by_key[key] = node
             if node.fd < 0 and self._descriptors < self._limit:
                 node.fd, fd = fd, -1
                 self._descriptors += 1
+            if node.handle is None:
+                node.handle = handle
             node.lookups += 1
             node.parent, node.name = parent, name
         if fd >= 0:
             os.close(fd)
         return node
 
-    @staticmethod
-    def _same(node: Node, handle: bytes | None) -> bool:
-        return node.fd >= 0 or node.handle is None or handle is None or node.handle == handle
+    def _same(self, node: Node, handle: bytes | None) -> bool:
+        if node.fd >= 0 and self._descriptors_pin:
+            return True
+        return node.handle is None or handle is None or node.handle == handle
 
     def remember(self, node: Node) -> bool:
         """One more look-up of a node that the caller knows from before; false if the kernel has forgotten it meanwhile."""
@@ -183,6 +193,15 @@ class NodeStore:
                 return False
             node.lookups += 1
             return True
+
+    def pinned(self, ino: HostInode) -> Node | None:
+        """The node that holds a descriptor of inode ``ino`` of the root's device, with one more look-up; None if none does."""
+        with self._lock:
+            node = self._by_key.get((self.root_device, ino))
+            if node is None or node.fd < 0:
+                return None
+            node.lookups += 1
+            return node
 
     def forget(self, node_id: int, count: int) -> None:
         """The kernel gives ``count`` look-ups back."""

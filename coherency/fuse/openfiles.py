@@ -163,6 +163,9 @@ class FileOperations(Tree):
         if offset != directory.position:
             os.lseek(directory.fd, offset, os.SEEK_SET)
         entries = replies.parse_dirents(syscalls.getdents(directory.fd, size_bytes))
+        device = directory.node.key[0]
+        if device != self.nodes.root_device:
+            entries = [entry._replace(ino=self.nodes.number_on(device, entry.ino)) for entry in entries]
         directory.position = entries[-1].offset if entries else offset
         return entries
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from coherency.fuse import abi, codec, replies, syscalls
 from coherency.fuse.codec import Request
@@ -19,6 +19,8 @@ from coherency.fuse.passthrough import Passthrough, sized
 from coherency.fuse.session import Reply
 from coherency.fuse.tree import OpenFile
 from coherency.guest_agent.cache import UserCache
+from coherency.ids import HostInode
+from coherency.shm_table import Stamp
 
 _O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _LISTING_BYTES: Final = 1 << 18
@@ -29,8 +31,18 @@ _ABSENT: Final = object()
 _ATTRIBUTES, _NAME, _LISTING, _TARGET, _XATTR, _XATTRS, _STATX, _PAGES = range(8)
 
 
+class Listing(NamedTuple):
+    """A whole directory."""
+
+    records: list[bytes]  # as READDIR returns them; the offset of each is its place in the list
+    inodes: dict[bytes, HostInode]
+    stamp: Stamp | None
+
+
 class CachingFileSystem(Passthrough):
     """See the module. ``cache`` may be exchanged at any time: an operation uses the one that it began with."""
+
+    descriptors_pin = False
 
     def __init__(self, lower: int, cache: UserCache, *, descriptor_limit: int) -> None:
         """``lower``: the open lower directory, owned by this object from now on."""
@@ -47,7 +59,11 @@ class CachingFileSystem(Passthrough):
         if node is _ABSENT:
             self.answered_here += 1
             raise FileNotFoundError(errno.ENOENT, "known not to exist")
-        if node is not None and self.nodes.remember(node):
+        if node is not None and not self.nodes.remember(node):
+            node = None
+        if node is None:
+            node = self._from_listing(cache, parent, name)
+        if node is not None:
             attr: bytes | None = cache.get((_ATTRIBUTES, node.ino))
             if attr is not None:
                 self.answered_here += 1
@@ -55,11 +71,28 @@ class CachingFileSystem(Passthrough):
             try:
                 with self.nodes.open(node) as fd:
                     return (self.entry(node, self.attributes(node, fd)),)
-            except BaseException:
+            except OSError:  # the daemon has lost the inode that we had under this number: look the name up
                 self.nodes.forget(node.id, 1)
-                raise
         with self.nodes.open(parent) as at:
             return (self.entry(*self.look_up(parent, at, name)),)
+
+    def _from_listing(self, cache: UserCache, parent: Node, name: bytes) -> Node | None:
+        """What a valid listing of the parent tells of a name: its node with one more look-up, if we have it, or its absence.
+
+        A change in a directory makes all its names doubtful; one listing settles them all, with a single trip.
+        """
+        listing: Listing | None = cache.peek((_LISTING, parent.ino))
+        if listing is None:
+            return None
+        ino = listing.inodes.get(name)
+        if ino is None:
+            cache.put((_NAME, parent.ino, name), _ABSENT, listing.stamp)
+            self.answered_here += 1
+            raise FileNotFoundError(errno.ENOENT, "not in the listing")
+        node = self.nodes.pinned(ino)
+        if node is not None:
+            cache.put((_NAME, parent.ino, name), node, listing.stamp)
+        return node
 
     def look_up(self, parent: Node, at: int, name: bytes) -> tuple[Node, bytes]:
         cache = self.cache
@@ -160,7 +193,7 @@ class CachingFileSystem(Passthrough):
         body: codec.Read = request.body
         directory = self.file(body.fh)
         if body.offset == 0 or directory.listing is None:
-            directory.listing = self._listing(directory.node)
+            directory.listing = self._listing(directory.node).records
         else:
             self.answered_here += 1
         room, pieces = body.size, []
@@ -171,24 +204,26 @@ class CachingFileSystem(Passthrough):
             pieces.append(entry)
         return (b"".join(pieces),)
 
-    def _listing(self, node: Node) -> list[bytes]:
-        """All entries, as READDIR returns them; the offset of each is its place in the list."""
+    def _listing(self, node: Node) -> Listing:
         cache = self.cache
-        listing: list[bytes] | None = cache.get((_LISTING, node.ino))
-        if listing is None:
-            stamp = cache.sample(node.ino)
-            listing = []
-            with self.nodes.open(node) as at:
-                fd = os.open(syscalls.proc_path(at), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                while entries := replies.parse_dirents(syscalls.getdents(fd, _LISTING_BYTES)):
-                    for entry in entries:
-                        listing.append(replies.encode_dirent(entry._replace(offset=len(listing) + 1)))
-            finally:
-                os.close(fd)
-            cache.put((_LISTING, node.ino), listing, stamp, units=1 + len(listing))
-        else:
+        listing: Listing | None = cache.get((_LISTING, node.ino))
+        if listing is not None:
             self.answered_here += 1
+            return listing
+        stamp = cache.sample(node.ino)
+        records: list[bytes] = []
+        inodes: dict[bytes, HostInode] = {}
+        with self.nodes.open(node) as at:
+            fd = os.open(syscalls.proc_path(at), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            while entries := replies.parse_dirents(syscalls.getdents(fd, _LISTING_BYTES)):
+                for entry in entries:
+                    records.append(replies.encode_dirent(entry._replace(offset=len(records) + 1)))
+                    inodes[entry.name] = HostInode(entry.ino)
+        finally:
+            os.close(fd)
+        listing = Listing(records, inodes, stamp)
+        cache.put((_LISTING, node.ino), listing, stamp, units=1 + len(records))
         return listing
 
     def releasedir(self, request: Request) -> Reply:

@@ -68,6 +68,12 @@ class MountOptions:
         return KernelCache(writeback=self.writeback)
 
 
+class LowerPassthrough(Passthrough):
+    """A guest's file system without a user cache."""
+
+    descriptors_pin = False
+
+
 class MountStatistics(NamedTuple):
     """What a guest tells the daemon, and its mount's own counters."""
 
@@ -122,7 +128,7 @@ class GuestMount:
         budget = descriptor_budget()
         if self.options.mode == "access":
             return CachingFileSystem(lower, self._make_cache(self.client.reader), descriptor_limit=budget)
-        return Passthrough(lower, descriptor_limit=budget, kernel_cache=self.options.kernel_cache())
+        return LowerPassthrough(lower, descriptor_limit=budget, kernel_cache=self.options.kernel_cache())
 
     def _make_cache(self, reader: TableReader) -> UserCache:
         return UserCache(reader, self._counters, capacity=self.options.cache_capacity)
@@ -145,7 +151,7 @@ class GuestMount:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Until somebody unmounts it; false after ``timeout_s``."""
-        assert self._session is not None  # noqa: S101
+        assert self._session is not None
         return self._session.wait(timeout_s)
 
     def close(self) -> None:
