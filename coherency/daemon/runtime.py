@@ -19,13 +19,12 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import stat
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from coherency.errors import AlreadyServing, MountError, UsageError
+from coherency.fuse.mounts import mounts
 from coherency.fuse.syscalls import MNT_DETACH, umount
 from coherency.protocol import (
     CONTROL_SOCKET_NAME,
@@ -40,12 +39,6 @@ _log = logging.getLogger(__name__)
 DIRECTORY_MODE: Final = 0o755
 _LOCK_MODE: Final = 0o644
 _CLAIM_ATTEMPTS: Final = 100
-_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
-
-
-class _MountPoint(NamedTuple):
-    path: bytes
-    kind: str
 
 
 class RuntimeDirectory:
@@ -124,7 +117,7 @@ class RuntimeDirectory:
     def _unmount_export(self) -> bool:
         # Resolved only up to the directory: resolving the mount point itself could ask a dead mount.
         mount_point = Path(os.path.realpath(self.path)) / EXPORT_DIRECTORY_NAME
-        mounted = [mount.kind for mount in _mount_points() if mount.path == os.fsencode(mount_point)]
+        mounted = [mount.kind for mount in mounts() if mount.path == os.fsencode(mount_point)]
         for kind in reversed(mounted):
             if kind != "fuse" and not kind.startswith("fuse."):
                 raise UsageError(f"a file system of type {kind} is mounted at {mount_point}: not one of ours")
@@ -203,12 +196,3 @@ def _remove_if_there(path: Path) -> bool:
 def _pid_in(lock_fd: int) -> int | None:
     content = os.pread(lock_fd, 32, 0).strip()
     return int(content) if content.isdigit() else None
-
-
-def _mount_points() -> Iterator[_MountPoint]:
-    """What this process sees mounted, the oldest first.  Source: proc_pid_mountinfo(5)."""
-    with open("/proc/self/mountinfo", "rb") as lines:
-        for line in lines:
-            before, _, after = line.partition(b" - ")
-            path = _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), before.split(b" ")[4])
-            yield _MountPoint(path, os.fsdecode(after.split(b" ")[0]))

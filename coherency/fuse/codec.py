@@ -225,6 +225,15 @@ def _name(view: memoryview, offset: int = 0) -> bytes:
     return _component(_strings(view, offset, 1)[0])
 
 
+def _lookup(view: memoryview) -> Name:
+    """The most frequent request by far."""
+    text = bytes(view)
+    end = text.find(0)
+    if end < 0:
+        raise FuseProtocolError("a string is not terminated")
+    return Name(_component(text[:end]))
+
+
 def _init(view: memoryview) -> Init:
     major, minor, readahead, flags = abi.init_in.unpack_from(view)
     if flags & abi.InitFlag.INIT_EXT and len(view) >= abi.init_in.size + 4:
@@ -370,8 +379,8 @@ def _copy_file_range(view: memoryview) -> CopyFileRange:
 
 
 _EMPTY: Final = Empty()
-_BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {
-    Opcode.LOOKUP: lambda view: Name(_name(view)),
+_BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {  # by the numbers, not the members: see decode
+    Opcode.LOOKUP: _lookup,
     Opcode.BATCH_FORGET: _batch_forget,
     Opcode.GETATTR: _getattr,
     Opcode.STATX: _statx,
@@ -380,8 +389,8 @@ _BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {
     Opcode.SYMLINK: _symlink,
     Opcode.MKNOD: _mknod,
     Opcode.MKDIR: _mkdir,
-    Opcode.UNLINK: lambda view: Name(_name(view)),
-    Opcode.RMDIR: lambda view: Name(_name(view)),
+    Opcode.UNLINK: _lookup,
+    Opcode.RMDIR: _lookup,
     Opcode.RENAME: _rename,
     Opcode.RENAME2: _rename2,
     Opcode.LINK: _link,
@@ -414,6 +423,10 @@ _BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {
 }
 _EXTENDED_SETXATTR: Final = _setxattr_in(abi.setxattr_in)
 _HEADER_SIZE: Final = abi.in_header.size
+_unpack_header: Final = abi.in_header.unpack_from
+# Members of an enumeration take longer to look up than all the rest of decoding.
+_FORGET: Final = int(Opcode.FORGET)
+_SETXATTR: Final = int(Opcode.SETXATTR)
 
 
 def decode(message: memoryview, *, setxattr_ext: bool = False) -> Request:
@@ -423,14 +436,14 @@ def decode(message: memoryview, *, setxattr_ext: bool = False) -> Request:
     kernel is answered with EINVAL if the header could be read.
     """
     try:
-        length, opcode, unique, node, uid, gid, pid, extensions, _ = abi.in_header.unpack_from(message)
+        length, opcode, unique, node, uid, gid, pid, extensions, _ = _unpack_header(message)
         end = length - 8 * extensions
         if length != len(message) or end < _HEADER_SIZE:
             raise FuseProtocolError(f"header says {length} bytes ({extensions * 8} of extensions), got {len(message)}")
         view = message[_HEADER_SIZE:end]
-        if opcode == Opcode.FORGET:
+        if opcode == _FORGET:
             body: Any = Forget(((node, _forget_count(view)),))
-        elif opcode == Opcode.SETXATTR and setxattr_ext:
+        elif opcode == _SETXATTR and setxattr_ext:
             body = _EXTENDED_SETXATTR(view)
         else:
             decoder = _BODIES.get(opcode)

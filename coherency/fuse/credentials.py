@@ -16,14 +16,14 @@ from coherency.fuse import syscalls
 class Credentials(threading.local):
     """Per thread; made once per mount, used from every serving thread."""
 
-    def __init__(self) -> None:
-        syscalls.private_umask_and_cwd()
-        syscalls.keep_capabilities_across_setfsuid()
-        self._umask = -1
-        self._ids = (os.geteuid(), os.getegid())
+    _umask = -1
+    _ids = (-1, -1)  # unknown: a thread begins with those of the thread that started it
 
     def become(self, uid: int, gid: int, umask: int) -> None:
         """What the calling thread creates from now on belongs to ``uid`` and ``gid``, with ``umask`` applied."""
+        if self._umask < 0:
+            syscalls.private_umask_and_cwd()
+            syscalls.keep_capabilities_across_setfsuid()
         if umask != self._umask:
             os.umask(umask)
             self._umask = umask

@@ -15,11 +15,15 @@ from coherency.ids import HostInode, NodeId
 FOREVER_NS: Final = (1 << 62) - 1
 _SECOND_NS: Final = 1_000_000_000
 _U64: Final = (1 << 64) - 1
+_NO_TIME: Final = bytes(abi.attr_out.size)
+_pack_header: Final = abi.out_header.pack
+_pack_entry: Final = abi.entry_out.pack
+_HEADER_SIZE: Final = abi.out_header.size
 
 
 def reply_header(unique: int, payload_bytes: int, error: int = 0) -> bytes:
     """``error`` is a positive errno, or for notifications (unique 0) minus the notification's code."""
-    return abi.out_header.pack(abi.out_header.size + payload_bytes, -error, unique)
+    return _pack_header(_HEADER_SIZE + payload_bytes, -error, unique)
 
 
 def encode_attr(status: os.stat_result, ino: HostInode) -> bytes:
@@ -49,13 +53,15 @@ def decode_device(encoded: int) -> int:
 def encode_entry(node: NodeId, attr: bytes, entry_ns: int = 0, attr_ns: int = 0) -> bytes:
     """``struct fuse_entry_out``: a name is ``node``; for how long the kernel may believe the name and the attributes."""
     if not entry_ns and not attr_ns:
-        return abi.entry_out.pack(node, 0, 0, 0, 0, 0) + attr
+        return _pack_entry(node, 0, 0, 0, 0, 0) + attr
     entry_s, entry_rest = divmod(entry_ns, _SECOND_NS)
     attr_s, attr_rest = divmod(attr_ns, _SECOND_NS)
-    return abi.entry_out.pack(node, 0, entry_s, attr_s, entry_rest, attr_rest) + attr
+    return _pack_entry(node, 0, entry_s, attr_s, entry_rest, attr_rest) + attr
 
 
 def encode_attr_out(attr: bytes, attr_ns: int = 0) -> bytes:
+    if not attr_ns:
+        return _NO_TIME + attr
     seconds, rest = divmod(attr_ns, _SECOND_NS)
     return abi.attr_out.pack(seconds, rest, 0) + attr
 

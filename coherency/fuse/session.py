@@ -24,6 +24,7 @@ from coherency.errors import FuseProtocolError, MountError
 from coherency.fuse import abi, codec, replies, syscalls
 from coherency.fuse.abi import InitFlag, Opcode
 from coherency.fuse.codec import Request
+from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mount_at
 from coherency.ids import NodeId
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ Operation: TypeAlias = Callable[[Request], Reply]
 MAX_WRITE_BYTES: Final = 1 << 20
 _MAX_PAGES: Final = MAX_WRITE_BYTES // 4096
 _MAX_BACKGROUND: Final = 64
+_INTERRUPT: Final = int(Opcode.INTERRUPT)
+_DESTROY: Final = int(Opcode.DESTROY)
+_COPY_BELOW_BYTES: Final = 4096  # a reply is put together in one piece below this size, and written in pieces above
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF)
 _ALWAYS_WANTED: Final = (
     InitFlag.ASYNC_READ | InitFlag.ATOMIC_O_TRUNC | InitFlag.BIG_WRITES | InitFlag.DONT_MASK | InitFlag.AUTO_INVAL_DATA
@@ -82,6 +86,7 @@ class Session:
         self._ever_started = 0
         self._in_flight: dict[int, Request] = {}
         self._requests = 0
+        self._setxattr_ext = False
         self._over = threading.Event()
         self._closing = False
 
@@ -106,7 +111,7 @@ class Session:
         options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
         session = cls(device, os.path.realpath(mountpoint), file_system, name=name, max_threads=max_threads)
         try:
-            syscalls.mount(source, mountpoint, "fuse.coherency", syscalls.MS_NODEV, options)
+            syscalls.mount(source, mountpoint, FILE_SYSTEM_TYPE, syscalls.MS_NODEV, options)
         except OSError as error:
             os.close(device)
             raise MountError(
@@ -135,6 +140,7 @@ class Session:
         wanted = _ALWAYS_WANTED | self._file_system.init_flags
         # Knowing whether names can be expired is all there is to it; the reply may not claim it.
         self.init_flags = offered & (wanted | InitFlag.HAS_EXPIRE_ONLY)
+        self._setxattr_ext = InitFlag.SETXATTR_EXT in self.init_flags
         self.protocol_minor = min(init.minor, abi.KERNEL_MINOR_VERSION)
         reply = replies.encode_init_out(
             self.protocol_minor, init.max_readahead, int(offered & wanted),
@@ -145,7 +151,10 @@ class Session:
     def start(self) -> None:
         """Begin to answer."""
         # The device number of a FUSE mount is its connection's number; asked of /proc, since stat would ask ourselves.
-        self.connection = _connection_of(self.mountpoint)
+        mount = mount_at(self.mountpoint)
+        if mount is None:
+            raise MountError(f"{self.mountpoint} has been unmounted already")
+        self.connection = mount.device
         self._start_thread()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -238,7 +247,7 @@ class Session:
 
     def _handle(self, message: memoryview) -> None:
         try:
-            request = codec.decode(message, setxattr_ext=bool(self.init_flags & InitFlag.SETXATTR_EXT))
+            request = codec.decode(message, setxattr_ext=self._setxattr_ext)
         except FuseProtocolError as error:
             log.error("malformed request: %s", error)
             unique = codec.unique_of(message)
@@ -246,13 +255,13 @@ class Session:
                 self._write(unique, (), errno.EINVAL)
             return
         unique, opcode = request.unique, request.opcode
-        if opcode == Opcode.INTERRUPT:
+        if opcode == _INTERRUPT:
             self._interrupt(request)
             return
         operation = self._operations.get(opcode)
         if operation is None or request.body is None:
             self._requests += 1
-            self._write(unique, (), 0 if opcode == Opcode.DESTROY else errno.ENOSYS)
+            self._write(unique, (), 0 if opcode == _DESTROY else errno.ENOSYS)
             return
         self._in_flight[unique] = request
         number, reply = 0, NO_REPLY
@@ -272,9 +281,16 @@ class Session:
             self._write(unique, reply, number)
 
     def _write(self, unique: int, pieces: Reply, error: int = 0) -> None:
-        header = replies.reply_header(unique, 0 if error else sum(map(len, pieces)), error)
         try:
-            os.writev(self._device, [header] if error else [header, *pieces])
+            if error:
+                os.write(self._device, replies.reply_header(unique, 0, error))
+                return
+            payload = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            header = replies.reply_header(unique, len(payload))
+            if len(payload) < _COPY_BELOW_BYTES:
+                os.write(self._device, header + payload)
+            else:
+                os.writev(self._device, (header, payload))
         except OSError as problem:
             # ENOENT: the caller does not wait any more (the connection is being aborted).
             if problem.errno not in (errno.ENOENT, *_GONE):
@@ -333,12 +349,3 @@ class Session:
         with self._lock:
             if not self._over.is_set():
                 assert 0 <= self._reading <= len(self._threads) <= self._max_threads, self.statistics()
-
-
-def _connection_of(mountpoint: str) -> int:
-    with open("/proc/self/mountinfo", "rb") as lines:
-        for line in reversed(lines.readlines()):
-            fields = line.split(b" ")
-            if fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint):
-                return int(fields[2].split(b":")[1])
-    raise MountError(f"{mountpoint} is not in /proc/self/mountinfo")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from coherency.errors import MountError, UsageError
+from coherency.fuse.mounts import remove_dead_mount
 from coherency.fuse.nodes import descriptor_budget
 from coherency.fuse.passthrough import Passthrough
 from coherency.fuse.replies import FOREVER_NS
@@ -98,6 +99,8 @@ class GuestMount:
     def start(self) -> None:
         """Mounted and answering when this returns; nothing is left behind when it raises."""
         options = self.options
+        if remove_dead_mount(options.mountpoint):
+            log.warning("removed the dead mount of a killed agent from %s", options.mountpoint)
         if not options.mountpoint.is_dir():
             raise MountError(f"{options.mountpoint} is not a directory: make it first (mkdir {options.mountpoint})")
         with contextlib.ExitStack() as undo:
