@@ -5,4 +5,18 @@ The daemon (`coherency serve`) keeps version numbers of all metadata in shared m
 parts.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coherency.guest_agent.api import GuestAgent as GuestAgent
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """``from coherency import GuestAgent``, without loading the agent for those who do not want it."""
+    if name == "GuestAgent":
+        from coherency.guest_agent.api import GuestAgent
+
+        return GuestAgent
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

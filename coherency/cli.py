@@ -26,6 +26,7 @@ from coherency.daemon.service import Service, ServiceOptions
 from coherency.demo import Demo, Step
 from coherency.errors import CoherencyError, DaemonUnavailable, UsageError
 from coherency.guest_agent.api import RUNTIME_ROOT_VARIABLE
+from coherency.guest_agent.cache import DEFAULT_CAPACITY
 from coherency.guest_agent.client import fetch_status, invalidate
 from coherency.guest_agent.mount import MODES, GuestMount, MountOptions
 from coherency.protocol import CONTROL_SOCKET_NAME, DEFAULT_RUNTIME_ROOT
@@ -150,12 +151,19 @@ def serve(
 @click.option(
     "--writeback/--no-writeback", default=False, help="Let the kernel collect writes (none, auto, always only)."
 )
+@click.option(
+    "--entries",
+    type=click.IntRange(1),
+    default=DEFAULT_CAPACITY,
+    show_default=True,
+    help="How much the user cache of --cache access keeps; the least recently used goes.",
+)
 @click.option("--guest", help="What the daemon calls this guest. [default: host name and process id]")
 @_runtime_dir
 @_verbose
 def mount(
-    name: str, mountpoint: Path, cache: str, timeout: float | None, writeback: bool, guest: str | None, runtime_dir: Path,
-    verbose: bool,
+    name: str, mountpoint: Path, cache: str, timeout: float | None, writeback: bool, entries: int, guest: str | None,
+    runtime_dir: Path, verbose: bool,
 ) -> None:  # fmt: skip
     """Mount the share NAME on MOUNTPOINT as a guest of its own, until SIGTERM or Ctrl-C.
 
@@ -168,7 +176,7 @@ def mount(
         require_platform()
         timeout_ns = None if timeout is None else round(timeout * _SECOND_NS)
         guest_mount = GuestMount(
-            MountOptions(name, mountpoint, runtime_dir.absolute(), cache, timeout_ns, writeback, guest)
+            MountOptions(name, mountpoint, runtime_dir.absolute(), cache, timeout_ns, writeback, guest, entries)
         )
         _run(guest_mount, f"mounted '{name}' on {mountpoint} ({cache})")
 

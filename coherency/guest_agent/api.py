@@ -212,6 +212,10 @@ class GuestAgent:
             else:
                 if words[cache.epoch_word] == entry[2] and _now_ns() < cache.reader.trusted_until_ns:
                     self._counters.hits += 1
+                    try:
+                        cache.entries.move_to_end(path)
+                    except KeyError:  # evicted meanwhile
+                        pass
                     return entry[0]  # type: ignore[no-any-return]
         if not follow_symlinks:
             return self.lstat(path)
