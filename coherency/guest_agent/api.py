@@ -3,22 +3,17 @@
 No mount is needed. A call that finds its answer valid makes no system call at all; only what is stale or unknown is
 fetched from the lower directory.
 
-1. An answer about a path is derived from every directory on the way, every symlink followed, and the object at the end. It
-   carries the stamps of all of them, and is used iff all are valid.
-2. Paths are relative to the share; a leading slash means its root. What leads out of it, by ``..`` or by a symlink,
-   raises ``OSError`` with EXDEV: for a program outside of any mount there is nothing to be found there.
-3. What is fetched is fetched by one path of real directories. If a directory on the way was exchanged meanwhile the
-   answer is what the path led to at that moment; its stamps have become invalid then, so it is not used again.
+Paths are relative to the share; a leading slash means its root. See ``paths`` for what an answer rests on, and for what
+leads out of the share.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import operator
 import os
 import socket
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,19 +21,16 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from coherency.errors import MountError
-from coherency.fuse import replies, syscalls
+from coherency.fuse.replies import DirectoryEntry
 from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
 from coherency.guest_agent.client import Client
-from coherency.ids import HostInode
+from coherency.guest_agent.paths import Paths
 from coherency.protocol import DEFAULT_RUNTIME_ROOT, Welcome
-from coherency.shm_table import Stamp, TableReader
+from coherency.shm_table import TableReader
 
 AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 RUNTIME_ROOT_VARIABLE: Final = "COHERENCY_RUNTIME_DIR"
 
-_MAX_SYMLINKS: Final = 40
-_MAX_ATTEMPTS: Final = 16
-_LISTING_BYTES: Final = 1 << 18
 _DT_UNKNOWN, _DT_DIR, _DT_REG, _DT_LNK = 0, 4, 8, 10
 
 
@@ -50,22 +42,6 @@ class GuestAgentStatistics(NamedTuple):
     refreshes: int  # something was known, and it was stale
     lower_requests: int  # fetches from the lower directory
     entries: int  # answers in memory
-
-
-class _Place(NamedTuple):
-    """An object by its path of real directories, and the stamps that say so; None: not to be kept."""
-
-    path: bytes
-    status: os.stat_result
-    stamps: tuple[Stamp, ...] | None
-
-
-class _Absent(NamedTuple):
-    stamps: tuple[Stamp, ...] | None
-
-
-class _Moved(Exception):
-    """A directory on the way is not what it was when the walk passed it: walk again."""
 
 
 class DirEntry:
@@ -138,9 +114,7 @@ class GuestAgent:
         self.name = name
         self._capacity = capacity
         self._counters = Counters()
-        self._lower_requests = 0
-        self._lower = -1
-        self._closed = threading.Event()
+        self._undo = contextlib.ExitStack()
         root = Path(runtime_dir or os.environ.get(RUNTIME_ROOT_VARIABLE) or DEFAULT_RUNTIME_ROOT)
         self._client = Client.connect(
             root,
@@ -179,21 +153,17 @@ class GuestAgent:
     def close(self) -> None:
         """Say goodbye. Nothing may be asked afterwards. Safe to call twice."""
         self._client.close()
-        lower, self._lower = self._lower, -1
-        if lower >= 0:
-            os.close(lower)
+        self._undo.close()
 
     def _on_connected(self, reader: TableReader, welcome: Welcome) -> None:
-        """A new table and a new export, at the start and whenever the daemon was restarted."""
+        """A new table and a new export: at the start, and whenever the daemon was restarted."""
         try:
             lower = os.open(welcome.export, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise MountError(f"cannot open the export {welcome.export}: {error.strerror}") from error
-        # The abandoned descriptor of a dead export stays open until then: a call may be using it.
-        abandoned, self._lower = self._lower, lower
-        self.cache = UserCache(reader, self._counters, capacity=self._capacity)
-        if abandoned >= 0:
-            threading.Timer(60, os.close, (abandoned,)).start()
+        # That of a dead export stays open as long as this object: a call may still be using it.
+        self._undo.callback(os.close, lower)
+        self._paths = Paths(lower, UserCache(reader, self._counters, capacity=self._capacity))
 
     # ---- what os has ----
 
@@ -201,7 +171,7 @@ class GuestAgent:
         """Like ``os.stat``."""
         if path.__class__ is not str:
             path = os.fspath(path)
-        cache = self.cache
+        cache = self._paths.cache
         entry = cache.entries.get(path)
         if entry is not None and follow_symlinks:
             # UserCache.get, spelled out: this is the hit that everything is about.
@@ -219,12 +189,12 @@ class GuestAgent:
                     return entry[0]  # type: ignore[no-any-return]
         if not follow_symlinks:
             return self.lstat(path)
-        return self._answer(path, path, _status, follow=True)  # type: ignore[no-any-return]
+        return self._paths.answer(path, path, _status, follow=True)  # type: ignore[no-any-return]
 
     def lstat(self, path: AnyPath) -> os.stat_result:
         """Like ``os.lstat``."""
         path = os.fspath(path)
-        return self._answer(("lstat", path), path, _status, follow=False)  # type: ignore[no-any-return]
+        return self._paths.answer(("lstat", path), path, _status, follow=False)  # type: ignore[no-any-return]
 
     def exists(self, path: AnyPath) -> bool:
         """Like ``os.path.exists``: false also for a symlink that leads nowhere, and where access is denied."""
@@ -237,14 +207,16 @@ class GuestAgent:
     def readlink(self, path: AnyPath) -> Any:
         """Like ``os.readlink``: of the type of ``path``."""
         path = os.fspath(path)
-        target = self._answer(("readlink", path), path, self._fetch_target, follow=False)
+        paths = self._paths
+        target = paths.answer(("readlink", path), path, paths.fetch_target, follow=False)
         return target if isinstance(path, bytes) else os.fsdecode(target)
 
     def getxattr(self, path: AnyPath, attribute: str | bytes, *, follow_symlinks: bool = True) -> bytes:
         """Like ``os.getxattr``."""
         path, name = os.fspath(path), os.fsencode(attribute)
         key = ("getxattr", path, name, follow_symlinks)
-        value: bytes = self._answer(key, path, lambda place: self._fetch_xattr(place, name), follow=follow_symlinks)
+        paths = self._paths
+        value: bytes = paths.answer(key, path, lambda place: paths.fetch_xattr(place, name), follow=follow_symlinks)
         return value
 
     def listdir(self, path: AnyPath = ".") -> list[Any]:
@@ -309,170 +281,13 @@ class GuestAgent:
     def statistics(self) -> GuestAgentStatistics:
         counters = self._counters
         return GuestAgentStatistics(
-            counters.hits, counters.misses, counters.refreshes, self._lower_requests, len(self.cache)
+            counters.hits, counters.misses, counters.refreshes, counters.fetches, len(self._paths.cache)
         )
 
-    # ---- answers ----
-
-    def _answer(self, key: Any, path: AnyPath, fetch: Callable[[_Place], Any], *, follow: bool) -> Any:
-        """The valid answer under ``key``, or what ``fetch`` makes of the place that ``path`` leads to."""
-        cache = self.cache
-        value = cache.get(key)
-        if value is not None:
-            return value
-        name: Any = os.fspath(path)
-        try:
-            for _ in range(_MAX_ATTEMPTS):
-                try:
-                    place, stamps = self._walk(cache, os.fsencode(name), follow)
-                    value = fetch(place)
-                    break
-                except _Moved:
-                    continue
-            else:
-                raise OSError(errno.ESTALE, "the directories on the way keep changing")
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or errno.EIO), name) from None
-        if stamps is not None:
-            cache.put(key, value, *stamps, units=1 + len(value) // 16 if isinstance(value, list | bytes) else 1)
-        return value
-
-    def _entries(self, path: AnyPath) -> list[replies.DirectoryEntry]:
-        entries: list[replies.DirectoryEntry] = self._answer(("listdir", path), path, self._fetch_listing, follow=True)
+    def _entries(self, path: str | bytes) -> list[DirectoryEntry]:
+        paths = self._paths
+        entries: list[DirectoryEntry] = paths.answer(("listdir", path), path, paths.fetch_listing, follow=True)
         return entries
-
-    # ---- the walk ----
-
-    def _walk(self, cache: UserCache, path: bytes, follow: bool) -> tuple[_Place, tuple[Stamp, ...] | None]:
-        """Where ``path`` leads to, and the stamps of everything on the way."""
-        if b"\0" in path:
-            raise ValueError("embedded null byte")
-        if not path:
-            raise FileNotFoundError(errno.ENOENT, "an empty path")
-        todo = [part for part in reversed(path.split(b"/")) if part not in (b"", b".")]
-        must_be_directory = path.endswith((b"/", b"/."))
-        here = [self._root(cache)]
-        seen: dict[Stamp, None] | None = dict.fromkeys(here[0].stamps) if here[0].stamps is not None else None
-        links = 0
-        while todo:
-            part = todo.pop()
-            if not stat.S_ISDIR(here[-1].status.st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, "a component is not a directory")
-            if part == b"..":
-                if len(here) == 1:
-                    raise OSError(errno.EXDEV, "leads out of the share")
-                here.pop()
-                continue
-            place = self._child(cache, here[-1], part)
-            if seen is not None:
-                seen = None if place.stamps is None else seen | dict.fromkeys(place.stamps)
-            if isinstance(place, _Absent):
-                raise FileNotFoundError(errno.ENOENT, "no such name")
-            if stat.S_ISLNK(place.status.st_mode) and (todo or follow or must_be_directory):
-                links += 1
-                if links > _MAX_SYMLINKS:
-                    raise OSError(errno.ELOOP, "too many symlinks")
-                target = self._target(cache, place)
-                if target.startswith(b"/"):
-                    raise OSError(errno.EXDEV, "leads out of the share")
-                must_be_directory |= not todo and target.endswith(b"/")
-                todo += [step for step in reversed(target.split(b"/")) if step not in (b"", b".")]
-            else:
-                here.append(place)
-        if must_be_directory and not stat.S_ISDIR(here[-1].status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, "a trailing slash after what is not a directory")
-        return here[-1], None if seen is None else tuple(seen)
-
-    def _root(self, cache: UserCache) -> _Place:
-        root: _Place | None = cache.peek(("place", b""))
-        if root is None:
-            self._lower_requests += 1
-            stamp = cache.sample(HostInode(syscalls.cached_inode(self._lower)))
-            status = os.fstat(self._lower)
-            root = _Place(b"", status, None if stamp is None else (stamp,))
-            cache.put(("place", b""), root, stamp)
-        return root
-
-    def _child(self, cache: UserCache, parent: _Place, name: bytes) -> _Place | _Absent:
-        path = parent.path + b"/" + name if parent.path else name
-        key = ("place", path)
-        known: _Place | _Absent | None = cache.peek(key)
-        if known is not None:
-            return known
-        stamps = parent.stamps
-        if stamps is not None and not all(map(cache.reader.valid, stamps)):
-            raise _Moved
-        try:
-            fd = self._open(path, os.O_PATH | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            absent = _Absent(stamps)
-            if stamps is not None:
-                cache.put(key, absent, *stamps)
-            return absent
-        try:
-            stamp = cache.sample(HostInode(syscalls.cached_inode(fd)))
-            status = os.fstat(fd)
-        finally:
-            os.close(fd)
-        place = _Place(path, status, None if stamps is None or stamp is None else (*stamps, stamp))
-        if place.stamps is not None:
-            cache.put(key, place, *place.stamps)
-        return place
-
-    def _open(self, path: bytes, flags: int) -> int:
-        self._lower_requests += 1
-        try:
-            return syscalls.open_beneath(self._lower, path, flags)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EXDEV, errno.ENOTDIR, errno.EAGAIN):
-                raise _Moved from None  # a directory on the way has become something else
-            raise
-
-    def _target(self, cache: UserCache, place: _Place) -> bytes:
-        key = ("target", place.path)
-        target: bytes | None = cache.peek(key)
-        if target is None:
-            target = self._fetch_target(place)
-            if place.stamps is not None:
-                cache.put(key, target, *place.stamps)
-        return target
-
-    # ---- fetches, by the path of real directories ----
-
-    def _fetch_target(self, place: _Place) -> bytes:
-        if not stat.S_ISLNK(place.status.st_mode):
-            raise OSError(errno.EINVAL, "not a symlink")
-        fd = self._open_same(place, os.O_PATH | os.O_NOFOLLOW)
-        try:
-            return os.readlink(b"", dir_fd=fd)
-        finally:
-            os.close(fd)
-
-    def _fetch_xattr(self, place: _Place, name: bytes) -> bytes:
-        fd = self._open_same(place, os.O_PATH | os.O_NOFOLLOW)
-        try:
-            return os.getxattr(syscalls.proc_path(fd), name)
-        finally:
-            os.close(fd)
-
-    def _fetch_listing(self, place: _Place) -> list[replies.DirectoryEntry]:
-        if not stat.S_ISDIR(place.status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, "not a directory")
-        fd = self._open_same(place, os.O_RDONLY | os.O_DIRECTORY)
-        entries: list[replies.DirectoryEntry] = []
-        try:
-            while batch := replies.parse_dirents(syscalls.getdents(fd, _LISTING_BYTES)):
-                entries += [entry for entry in batch if entry.name not in (b".", b"..")]
-        finally:
-            os.close(fd)
-        return entries
-
-    def _open_same(self, place: _Place, flags: int) -> int:
-        fd = self._open(place.path, flags)
-        if syscalls.cached_inode(fd) != place.status.st_ino:
-            os.close(fd)
-            raise _Moved
-        return fd
 
 
 _now_ns = time.monotonic_ns

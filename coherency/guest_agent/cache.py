@@ -37,6 +37,7 @@ class Counters:
     hits: int = 0  # answered from the cache
     misses: int = 0  # nothing was there
     refreshes: int = 0  # something was there, and it was stale
+    fetches: int = 0  # system calls that went to the lower directory, for who counts them one by one
 
 
 class UserCache:
