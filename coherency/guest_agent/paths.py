@@ -133,7 +133,7 @@ class Paths:
             return known
         stamps = parent.stamps
         if stamps is not None and not all(map(self.cache.reader.valid, stamps)):
-            raise Moved
+            stamps = None  # the path is fetched as it is now; whether through the same parent is not known
         try:
             fd = self._open(path, os.O_PATH | os.O_NOFOLLOW)
         except FileNotFoundError:
