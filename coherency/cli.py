@@ -6,6 +6,7 @@ Exit codes: 0 done (also after SIGTERM or Ctrl-C), 1 something is wrong that the
 from __future__ import annotations
 
 import dataclasses
+import grp
 import json
 import logging
 import signal
@@ -87,6 +88,13 @@ def main() -> None:
     """
 
 
+def _group(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else int(value) if value.isdigit() else grp.getgrnam(value).gr_gid
+    except KeyError:
+        raise click.BadParameter(f"there is no group {value!r}") from None
+
+
 @main.command()
 @click.argument("share", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="What guests call the share.")
@@ -105,13 +113,15 @@ def main() -> None:
     show_default=True,
     help="Version words, a power of two; eight bytes each. Fewer cost refreshes, never a stale answer.",
 )
+@click.option("--group", callback=_group, help="Who else may connect: a group, by name or number. [default: nobody]")
 @click.option(
     "--live-dangerously", is_flag=True, help="Never bump a version: guests WILL be stale. For demonstrations."
 )
 @_verbose
 def serve(
-    share: Path, name: str, runtime_dir: Path, table: str, slots: int, live_dangerously: bool, verbose: bool
-) -> None:
+    share: Path, name: str, runtime_dir: Path, table: str, slots: int, group: int | None, live_dangerously: bool,
+    verbose: bool,
+) -> None:  # fmt: skip
     """Serve the directory SHARE until SIGTERM or Ctrl-C.
 
     Guests reach it through RUNTIME_DIR/NAME: control.sock, table, and export, the mount through which all changes go.
@@ -127,7 +137,7 @@ def serve(
             raise UsageError(f"--slots {slots} is not a power of two; {1 << slots.bit_length()} is the next one")
         service = Service(
             ServiceOptions(
-                share, name, runtime_dir.absolute(), posix_table=table == "posix", slot_count=slots,
+                share, name, runtime_dir.absolute(), posix_table=table == "posix", slot_count=slots, gid=group,
                 live_dangerously=live_dangerously,
             )
         )  # fmt: skip

@@ -36,7 +36,8 @@ from coherency.protocol import (
 
 _log = logging.getLogger(__name__)
 
-DIRECTORY_MODE: Final = 0o755
+DIRECTORY_MODE: Final = 0o750
+"""Whoever may not connect may not use the export either: it would lead around the rights of the share's parents."""
 _LOCK_MODE: Final = 0o644
 _CLAIM_ATTEMPTS: Final = 100
 
@@ -83,7 +84,7 @@ class RuntimeDirectory:
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             self.path.mkdir()
-            self.path.chmod(DIRECTORY_MODE)  # whatever the umask: guests of other users have to get at the socket
+            self.path.chmod(DIRECTORY_MODE)  # whatever the umask
         except FileExistsError:
             _require_own_directory(self.path)
 

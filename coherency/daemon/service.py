@@ -53,6 +53,7 @@ class ServiceOptions:
     runtime_root: Path
     posix_table: bool = False
     slot_count: int = DEFAULT_SLOT_COUNT
+    gid: int | None = None  # of whoever may be a guest, beside this user
     live_dangerously: bool = False
 
 
@@ -81,6 +82,7 @@ class Service:
             claim = directory.claim()
             claimed_at_ns = time.monotonic_ns()
             undo.callback(claim.release)
+            self._hand_to_group(directory.path)
             memory = self._make_memory()
             undo.callback(memory.close)
             undo.callback(memory.unlink)
@@ -115,11 +117,16 @@ class Service:
         undo.callback(table.close)
         table.set_state(State.SERVING)
         self.server.start()
+        self._hand_to_group(directory.control_socket)
+
+    def _hand_to_group(self, path: Path) -> None:
+        if self.options.gid is not None:
+            os.chown(path, -1, self.options.gid)
 
     def _make_memory(self) -> OwnedMemory:
         size = bytes_needed(self.options.slot_count)
         if self.options.posix_table:
-            return create_posix(f"/coherency-{self.options.name}", size)
+            return create_posix(f"/coherency-{self.options.name}", size, gid=self.options.gid)
         return create_memfd(f"coherency-{self.options.name}", size)
 
     def _make_table(self, memory: OwnedMemory) -> TableWriter:
