@@ -8,8 +8,8 @@ SHELL := /bin/bash
 # Extra arguments, e.g.: make test ARGS='-m t1 -k rename'
 ARGS ?=
 
-# Programs that the tests run on a guest's mount, as package=program.
-TEST_PROGRAMS := acl=setfacl attr=getfattr git=git rsync=rsync sqlite3=sqlite3
+# Programs that the tests run on a guest's mount, and files that they read, as package=program or package=/path.
+TEST_PROGRAMS := acl=setfacl attr=getfattr git=git linux-libc-dev=/usr/include/linux/fuse.h rsync=rsync sqlite3=sqlite3
 
 # What the user's shell sets for other programs must not reach into .venv, nor keep Python from caching bytecode there.
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE

@@ -124,8 +124,8 @@ out_header = Struct("=IiQ")  # len error unique
 attr = Struct("=QQQQQQIIIIIIIIII")  # ino size blocks a/m/ctime a/m/ctimensec mode nlink uid gid rdev blksize flags
 entry_out = Struct("=QQQQII")  # nodeid generation entry_valid attr_valid entry_valid_nsec attr_valid_nsec, then attr
 attr_out = Struct("=QII")  # attr_valid attr_valid_nsec dummy, then attr
-init_in = Struct("=IIII")  # major minor max_readahead flags
-init_in_ext = Struct("=I44x")  # flags2 unused[11]
+init_in = Struct("=IIII")  # major minor max_readahead flags: all there was before 7.36
+init_in_ext = Struct("=IIIII44x")  # major minor max_readahead flags flags2
 init_out = Struct(
     "=IIIIHHIIHHI28x"
 )  # major minor readahead flags background congestion max_write gran pages align flags2
@@ -148,7 +148,6 @@ create_in = Struct("=IIII")  # flags mode umask open_flags
 open_out = Struct("=QII")  # fh open_flags padding
 release_in = Struct("=QIIQ")  # fh flags release_flags lock_owner
 flush_in = Struct("=QIIQ")  # fh unused padding lock_owner
-file_handle = Struct("=Q")  # how release_in and flush_in begin
 read_in = Struct("=QQIIQII")  # fh offset size read_flags lock_owner flags padding
 write_in = Struct("=QQIIQII")  # fh offset size write_flags lock_owner flags padding
 write_out = Struct("=II")  # size padding

@@ -236,8 +236,8 @@ def _lookup(view: memoryview) -> Name:
 
 def _init(view: memoryview) -> Init:
     major, minor, readahead, flags = abi.init_in.unpack_from(view)
-    if flags & abi.InitFlag.INIT_EXT and len(view) >= abi.init_in.size + 4:
-        flags |= int.from_bytes(view[abi.init_in.size : abi.init_in.size + 4], "little") << 32
+    if flags & abi.InitFlag.INIT_EXT:
+        flags |= abi.init_in_ext.unpack_from(view)[4] << 32
     return Init(major, minor, readahead, flags)
 
 
@@ -259,8 +259,8 @@ def _setattr(view: memoryview) -> Setattr:
     return Setattr(valid, fh, size, (_signed(atime), atime_n), (_signed(mtime), mtime_n), mode, uid, gid)
 
 
-def _signed(seconds: int) -> int:
-    return seconds - (1 << 64) if seconds >> 63 else seconds
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
 
 
 def _getattr(view: memoryview) -> Getattr:
@@ -332,8 +332,12 @@ def _write(view: memoryview) -> Write:
     return Write(fh, offset, write_flags, data)
 
 
-def _handle(view: memoryview) -> Handle:
-    return Handle(*abi.file_handle.unpack_from(view))
+def _release(view: memoryview) -> Handle:
+    return Handle(abi.release_in.unpack_from(view)[0])
+
+
+def _flush(view: memoryview) -> Handle:
+    return Handle(abi.flush_in.unpack_from(view)[0])
 
 
 def _fsync(view: memoryview) -> Fsync:
@@ -371,7 +375,7 @@ def _fallocate(view: memoryview) -> Fallocate:
 
 def _lseek(view: memoryview) -> Lseek:
     fh, offset, whence, _ = abi.lseek_in.unpack_from(view)
-    return Lseek(fh, offset, whence)
+    return Lseek(fh, _signed(offset), whence)  # unlike other offsets, the kernel has not checked this one
 
 
 def _copy_file_range(view: memoryview) -> CopyFileRange:
@@ -399,8 +403,8 @@ _BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {  # by the numbers, no
     Opcode.TMPFILE: _tmpfile,
     Opcode.READ: _read,
     Opcode.WRITE: _write,
-    Opcode.FLUSH: _handle,
-    Opcode.RELEASE: _handle,
+    Opcode.FLUSH: _flush,
+    Opcode.RELEASE: _release,
     Opcode.FSYNC: _fsync,
     Opcode.FSYNCDIR: _fsync,
     Opcode.STATFS: lambda view: _EMPTY,
@@ -412,7 +416,7 @@ _BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {  # by the numbers, no
     Opcode.OPENDIR: _open,
     Opcode.READDIR: _read,
     Opcode.READDIRPLUS: _read,
-    Opcode.RELEASEDIR: _handle,
+    Opcode.RELEASEDIR: _release,
     Opcode.ACCESS: lambda view: Access(abi.access_in.unpack_from(view)[0]),
     Opcode.INTERRUPT: lambda view: Interrupt(abi.interrupt_in.unpack_from(view)[0]),
     Opcode.FALLOCATE: _fallocate,
