@@ -137,7 +137,7 @@ def serve(
             raise UsageError(f"--slots {slots} is not a power of two; {1 << slots.bit_length()} is the next one")
         service = Service(
             ServiceOptions(
-                share, name, runtime_dir.absolute(), posix_table=table == "posix", slot_count=slots, gid=group,
+                share.absolute(), name, runtime_dir.absolute(), posix_table=table == "posix", slot_count=slots, gid=group,
                 live_dangerously=live_dangerously,
             )
         )  # fmt: skip
@@ -186,7 +186,7 @@ def mount(
         require_platform()
         timeout_ns = None if timeout is None else round(timeout * _SECOND_NS)
         guest_mount = GuestMount(
-            MountOptions(name, mountpoint, runtime_dir.absolute(), cache, timeout_ns, writeback, guest, entries)
+            MountOptions(name, mountpoint.absolute(), runtime_dir.absolute(), cache, timeout_ns, writeback, guest, entries)
         )
         _run(guest_mount, f"mounted '{name}' on {mountpoint} ({cache})")
 

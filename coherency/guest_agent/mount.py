@@ -99,10 +99,12 @@ class GuestMount:
     def start(self) -> None:
         """Mounted and answering when this returns; nothing is left behind when it raises."""
         options = self.options
+        if not options.mountpoint.name:
+            raise UsageError(f"{options.mountpoint} cannot be a mount point: choose a directory below it")
         if remove_dead_mount(options.mountpoint):
             log.warning("removed the dead mount of a killed agent from %s", options.mountpoint)
         if not options.mountpoint.is_dir():
-            raise MountError(f"{options.mountpoint} is not a directory: make it first (mkdir {options.mountpoint})")
+            raise MountError(f"{options.mountpoint} is not a directory: a mount point must exist (mkdir {options.mountpoint})")
         with contextlib.ExitStack() as undo:
             self.client = Client.connect(
                 options.runtime_root,
@@ -174,8 +176,11 @@ class GuestMount:
 
 def _open_lower(welcome: Welcome, mountpoint: Path) -> int:
     lower = welcome.export
-    if os.path.realpath(lower) == os.path.realpath(mountpoint):
-        raise UsageError(f"{mountpoint} is the daemon's export: choose another mount point")
+    # The mount point itself may be our own mount by now: its parent is resolved, not it.
+    place = Path(os.path.realpath(mountpoint.parent)) / mountpoint.name
+    for tree in (Path(os.path.realpath(welcome.share)), Path(lower)):
+        if tree == place or tree in place.parents:
+            raise UsageError(f"{mountpoint} lies in {tree}: the mount would contain itself; choose another mount point")
     try:
         return os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
