@@ -25,7 +25,7 @@ class Program:
         self.log = log
         with open(log, "ab") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "coherency", *map(os.fspath, arguments)],
+                [sys.executable, "-m", "coherency", *(os.fspath(each) for each in arguments)],
                 stdout=subprocess.PIPE, stderr=errors, start_new_session=True, env=os.environ | environment,
             )  # fmt: skip
         assert self.process.stdout is not None
