@@ -82,11 +82,7 @@ class RuntimeDirectory:
 
     def _make_directories(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        try:
-            self.path.mkdir()
-            self.path.chmod(DIRECTORY_MODE)  # whatever the umask
-        except FileExistsError:
-            _require_own_directory(self.path)
+        _make_own_directory(self.path)
 
     def _locked(self, lock_fd: int) -> bool:
         """True if this process holds the name; False by rule 5."""
@@ -106,11 +102,13 @@ class RuntimeDirectory:
         content = f"{os.getpid()}\n".encode()
         os.pwrite(lock_fd, content, 0)
         os.ftruncate(lock_fd, len(content))
+        # Whatever the umask says, and whoever a predecessor let in.
+        os.chown(self.path, -1, os.getegid())
+        self.path.chmod(DIRECTORY_MODE)
         unclean |= self._unmount_export()
         for path in (self.control_socket, self.table):
             unclean |= _remove_if_there(path)
-        self.export.mkdir(exist_ok=True)
-        _require_own_directory(self.export)
+        _make_own_directory(self.export)
         if unclean:
             _log.info("cleaned up after a daemon that did not end in good order: %s", self.path)
         return unclean
@@ -174,7 +172,9 @@ class Claim:
         assert _pid_in(self._lock_fd) == os.getpid()
 
 
-def _require_own_directory(path: Path) -> None:
+def _make_own_directory(path: Path) -> None:
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=DIRECTORY_MODE)
     found = os.stat(path, follow_symlinks=False)
     if not stat.S_ISDIR(found.st_mode):
         raise UsageError(f"{path} is not a directory")

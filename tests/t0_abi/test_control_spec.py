@@ -8,6 +8,7 @@ import pytest
 
 from coherency import protocol
 from coherency.daemon.peer_states import TRANSITIONS, PeerEvent, PeerState
+from coherency.daemon.runtime import DIRECTORY_MODE
 from coherency.daemon.server import SOCKET_MODE
 from coherency.daemon.switchboard import Limits
 from coherency.guest_agent.client import LINK_TRANSITIONS, LinkEvent, LinkState
@@ -63,7 +64,8 @@ def test_rendezvous() -> None:
         protocol.EXPORT_DIRECTORY_NAME,
     ]
     assert f"`{protocol.DEFAULT_RUNTIME_ROOT}`" in section("1. Rendezvous")
-    assert f"mode {SOCKET_MODE:04o}" in section("1. Rendezvous")
+    assert f"stream, mode {SOCKET_MODE:04o}" in section("1. Rendezvous")
+    assert f"`ROOT/NAME`, mode {DIRECTORY_MODE:04o}" in section("1. Rendezvous")
 
 
 def test_header() -> None:
