@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 from coherency.errors import FuseProtocolError
 from coherency.fuse import abi
@@ -184,12 +184,6 @@ class CopyFileRange(NamedTuple):
     length: int
 
 
-Body: TypeAlias = (
-    Init | Name | Empty | Forget | Getattr | Statx | Setattr | Symlink | Mknod | Mkdir | Rename | Link | Open | Create
-    | Read | Write | Handle | Fsync | Setxattr | Getxattr | Access | Interrupt | Fallocate | Lseek | CopyFileRange
-)  # fmt: skip
-
-
 class Request:
     """One request of the kernel: who asks (``uid``, ``gid``, ``pid`` is a thread id), about which ``node``, and what (``body``).
 
@@ -239,11 +233,6 @@ def _init(view: memoryview) -> Init:
     if flags & abi.InitFlag.INIT_EXT:
         flags |= abi.init_in_ext.unpack_from(view)[4] << 32
     return Init(major, minor, readahead, flags)
-
-
-def _forget_count(view: memoryview) -> int:
-    count: int = abi.forget_in.unpack_from(view)[0]
-    return count
 
 
 def _batch_forget(view: memoryview) -> Forget:
@@ -303,10 +292,6 @@ def _rename2(view: memoryview) -> Rename:
 def _link(view: memoryview) -> Link:
     (target,) = abi.link_in.unpack_from(view)
     return Link(target, _name(view, abi.link_in.size))
-
-
-def _open(view: memoryview) -> Open:
-    return Open(*abi.open_in.unpack_from(view))
 
 
 def _create(view: memoryview) -> Create:
@@ -398,7 +383,7 @@ _BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {  # by the numbers, no
     Opcode.RENAME: _rename,
     Opcode.RENAME2: _rename2,
     Opcode.LINK: _link,
-    Opcode.OPEN: _open,
+    Opcode.OPEN: lambda view: Open(*abi.open_in.unpack_from(view)),
     Opcode.CREATE: _create,
     Opcode.TMPFILE: _tmpfile,
     Opcode.READ: _read,
@@ -413,7 +398,7 @@ _BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {  # by the numbers, no
     Opcode.LISTXATTR: _listxattr,
     Opcode.REMOVEXATTR: lambda view: Name(_strings(view, 0, 1)[0]),
     Opcode.INIT: _init,
-    Opcode.OPENDIR: _open,
+    Opcode.OPENDIR: lambda view: Open(*abi.open_in.unpack_from(view)),
     Opcode.READDIR: _read,
     Opcode.READDIRPLUS: _read,
     Opcode.RELEASEDIR: _release,
@@ -446,7 +431,7 @@ def decode(message: memoryview, *, setxattr_ext: bool = False) -> Request:
             raise FuseProtocolError(f"header says {length} bytes ({extensions * 8} of extensions), got {len(message)}")
         view = message[_HEADER_SIZE:end]
         if opcode == _FORGET:
-            body: Any = Forget(((node, _forget_count(view)),))
+            body: Any = Forget(((node, abi.forget_in.unpack_from(view)[0]),))
         elif opcode == _SETXATTR and setxattr_ext:
             body = _EXTENDED_SETXATTR(view)
         else:
