@@ -194,11 +194,14 @@ class NodeStore:
             node.lookups += 1
             return True
 
-    def pinned(self, ino: HostInode) -> Node | None:
-        """The node that holds a descriptor of inode ``ino`` of the root's device, with one more look-up; None if none does."""
+    def pinned(self, ino: HostInode, parent: Node, name: bytes) -> Node | None:
+        """The node with one more look-up, if it holds a descriptor of inode ``ino`` and was last seen as ``name`` in ``parent``.
+
+        The number alone does not do: where something is mounted on a name, a listing tells the number of what is below.
+        """
         with self._lock:
             node = self._by_key.get((self.root_device, ino))
-            if node is None or node.fd < 0:
+            if node is None or node.fd < 0 or node.parent is not parent or node.name != name:
                 return None
             node.lookups += 1
             return node
@@ -243,14 +246,16 @@ class NodeStore:
         parent, name = node.parent, node.name
         if parent is None or depth > _MAX_DEPTH:
             raise OSError(errno.ESTALE, f"{node} cannot be reached")
-        at = parent.fd if parent.fd >= 0 else self._reach(parent, depth + 1)
+        with self._lock:  # a copy: the request is about the child, so the parent may be forgotten meanwhile
+            at = os.dup(parent.fd) if parent.fd >= 0 else -1
+        if at < 0:
+            at = self._reach(parent, depth + 1)
         try:
             fd = os.open(name, _O_NODE, dir_fd=at)
         except FileNotFoundError:
             raise OSError(errno.ESTALE, f"{node} is not at its name any more") from None
         finally:
-            if at != parent.fd:
-                os.close(at)
+            os.close(at)
         status = os.fstat(fd)
         if status.st_ino != node.key[1]:
             os.close(fd)

@@ -26,6 +26,7 @@ _O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _LISTING_BYTES: Final = 1 << 18
 _XATTR_SIZE_MAX: Final = 65536
 _ABSENT: Final = object()
+_ACLS: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 # What the cache's keys begin with; the inode number follows, then a name where there are several.
 _ATTRIBUTES, _NAME, _LISTING, _TARGET, _XATTR, _XATTRS, _STATX, _PAGES = range(8)
@@ -89,7 +90,7 @@ class CachingFileSystem(Passthrough):
             cache.put((_NAME, parent.ino, name), _ABSENT, listing.stamp)
             self.answered_here += 1
             raise FileNotFoundError(errno.ENOENT, "not in the listing")
-        node = self.nodes.pinned(ino)
+        node = self.nodes.pinned(ino, parent, name)
         if node is not None:
             cache.put((_NAME, parent.ino, name), node, listing.stamp)
         return node
@@ -154,7 +155,15 @@ class CachingFileSystem(Passthrough):
 
     def getxattr(self, request: Request) -> Reply:
         body: codec.Getxattr = request.body
-        return self._xattr((_XATTR, self.nodes.get(request.node).ino, body.name), super().getxattr, request)
+        fetch = self._fetch_acl if body.name in _ACLS else super().getxattr
+        return self._xattr((_XATTR, self.nodes.get(request.node).ino, body.name), fetch, request)
+
+    def _fetch_acl(self, request: Request) -> Reply:
+        # The kernel keeps ACLs of the lower mount, and drops an old one only after the reply to who changed it, or when
+        # it fetches attributes.
+        with self.nodes.open(self.nodes.get(request.node)) as fd:
+            os.fstat(fd)
+        return super().getxattr(request)
 
     def listxattr(self, request: Request) -> Reply:
         return self._xattr((_XATTRS, self.nodes.get(request.node).ino), super().listxattr, request)

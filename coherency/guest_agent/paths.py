@@ -183,6 +183,8 @@ class Paths:
     def fetch_xattr(self, place: Place, name: bytes) -> bytes:
         fd = self._open_same(place, os.O_PATH | os.O_NOFOLLOW)
         try:
+            if not place.path:
+                os.fstat(fd)  # the kernel keeps ACLs until it hears of the inode; other objects have just been looked up
             return os.getxattr(syscalls.proc_path(fd), name)
         finally:
             os.close(fd)
