@@ -111,5 +111,5 @@ class Refused(CoherencyError):
 class FuseProtocolError(CoherencyError):
     """A request read from /dev/fuse is malformed.
 
-    The session answers it with EIO if it carries a usable header, and ends the mount if it does not.
+    The session logs it, answers it with EINVAL if it has a header, and serves the next.
     """

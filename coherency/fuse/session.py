@@ -118,6 +118,11 @@ class Session:
                 f"cannot mount on {mountpoint}: {error.strerror} (mounting needs CAP_SYS_ADMIN)"
             ) from error
         try:
+            # The device number of a FUSE mount is its connection's number; asked of /proc, since stat would ask ourselves.
+            own = mount_at(session.mountpoint)
+            if own is None:
+                raise MountError(f"{mountpoint} has been unmounted already")
+            session.connection = own.device
             session._handshake()
         except BaseException:
             session._detach()
@@ -150,11 +155,6 @@ class Session:
 
     def start(self) -> None:
         """Begin to answer."""
-        # The device number of a FUSE mount is its connection's number; asked of /proc, since stat would ask ourselves.
-        mount = mount_at(self.mountpoint)
-        if mount is None:
-            raise MountError(f"{self.mountpoint} has been unmounted already")
-        self.connection = mount.device
         self._start_thread()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -169,10 +169,13 @@ class Session:
         with self._lock:
             first, self._closing = not self._closing, True
         if first and not self._over.is_set():
-            flusher = threading.Thread(target=self._flush_dirty_pages, daemon=True, name=f"{self._name}-flush")
-            flusher.start()
-            flusher.join(grace_s)
+            if self._ever_started:
+                flusher = threading.Thread(target=self._flush_dirty_pages, daemon=True, name=f"{self._name}-flush")
+                flusher.start()
+                flusher.join(grace_s)
             self._detach()
+            if not self._ever_started:
+                self._finish()
         self._over.wait(grace_s)
         for thread in list(self._threads):
             if thread is not threading.current_thread():
@@ -191,11 +194,17 @@ class Session:
             os.close(root)
 
     def _detach(self) -> None:
+        there = mount_at(self.mountpoint)
+        if there is None:
+            return  # somebody else has unmounted it
+        if there.device != self.connection:
+            log.warning("%s is covered by another mount, which stays", self.mountpoint)
+            return
         try:
             syscalls.umount(self.mountpoint)
         except OSError as error:
             if error.errno != errno.EBUSY:
-                return  # somebody else has unmounted it
+                return  # somebody else has unmounted it meanwhile
             try:
                 syscalls.umount(self.mountpoint, syscalls.MNT_FORCE | syscalls.MNT_DETACH)
             except OSError as again:
@@ -204,18 +213,29 @@ class Session:
     # ---- serving ----
 
     def _start_thread(self) -> None:
-        """With or without the lock: only ``__init__`` and the thread that found nobody reading come here."""
+        """With or without the lock: only ``start`` and the thread that found nobody reading come here."""
         self._reading += 1
         self._ever_started += 1
         thread = threading.Thread(target=self._serve, name=f"{self._name}-{self._ever_started}", daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            self._reading -= 1
+            self._threads.discard(thread)
+            raise
+
+    def _start_another_thread(self) -> None:
+        try:
+            self._start_thread()
+        except (RuntimeError, MemoryError) as error:
+            log.warning("no more than %d threads for %s: %s", len(self._threads), self.mountpoint, error)
 
     def _serve(self) -> None:
-        buffer = bytearray(MAX_WRITE_BYTES + 4096)
-        view, device, lock = memoryview(buffer), self._device, self._lock
-        buffers = [buffer]
+        device, lock = self._device, self._lock
         try:
+            buffer = bytearray(MAX_WRITE_BYTES + 4096)
+            view, buffers = memoryview(buffer), [buffer]
             while True:
                 try:
                     count = os.readv(device, buffers)
@@ -223,10 +243,12 @@ class Session:
                     if error.errno in _GONE:
                         return
                     continue  # ENOENT: the request was withdrawn; EINTR, EAGAIN: nothing happened
+                if not count:
+                    return  # the end of a connection that is no device
                 with lock:
                     self._reading -= 1
                     if not self._reading and len(self._threads) < self._max_threads:
-                        self._start_thread()
+                        self._start_another_thread()
                 try:
                     self._handle(view[:count])
                 finally:
@@ -241,9 +263,14 @@ class Session:
             self._threads.discard(threading.current_thread())
             if self._threads:
                 return
-        self._file_system.close()
-        os.close(self._device)
-        self._over.set()
+        self._finish()
+
+    def _finish(self) -> None:
+        try:
+            self._file_system.close()
+        finally:
+            os.close(self._device)
+            self._over.set()
 
     def _handle(self, message: memoryview) -> None:
         try:
@@ -316,7 +343,12 @@ class Session:
         return self._notify(abi.Notify.INVAL_INODE, replies.encode_inval_inode(node, offset, length))
 
     def invalidate_entry(self, parent: NodeId, name: bytes, *, expire_only: bool = False) -> bool:
-        """The kernel forgets one name. Takes the parent's inode lock: never while a request that holds it is unanswered."""
+        """The kernel forgets one name. Takes the parent's inode lock: never while a request that holds it is unanswered.
+
+        ``expire_only``: it looks the name up again instead; false also if it does not offer that (HAS_EXPIRE_ONLY).
+        """
+        if expire_only and InitFlag.HAS_EXPIRE_ONLY not in self.init_flags:
+            return False
         return self._notify(abi.Notify.INVAL_ENTRY, replies.encode_inval_entry(parent, name, expire_only=expire_only))
 
     def increment_epoch(self) -> bool:
