@@ -279,6 +279,8 @@ class ControlServer:
         self._selector.unregister(link.sock)
         link.sock.close()
         del self._links[link.peer]
+        if self._accept_again_at_ns is not None:
+            self._accept_again_at_ns = 0  # there is a descriptor now
 
 
 def _bind(listener: socket.socket, path: Path) -> None:
