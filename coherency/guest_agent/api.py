@@ -10,10 +10,12 @@ leads out of the share.
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
 import os
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,8 @@ from coherency.guest_agent.client import Client
 from coherency.guest_agent.paths import Paths
 from coherency.protocol import DEFAULT_RUNTIME_ROOT, Welcome
 from coherency.shm_table import TableReader
+
+log = logging.getLogger(__name__)
 
 AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 RUNTIME_ROOT_VARIABLE: Final = "COHERENCY_RUNTIME_DIR"
@@ -110,11 +114,14 @@ class ScandirIterator:
 class GuestAgent:
     """A reader of a share; see the module. Thread-safe. Use :meth:`connect`, as a context manager."""
 
+    _paths: Paths
+
     def __init__(self, name: str, *, runtime_dir: str | os.PathLike[str] | None, capacity: int) -> None:
         self.name = name
         self._capacity = capacity
         self._counters = Counters()
         self._undo = contextlib.ExitStack()
+        self._connecting = threading.Lock()
         root = Path(runtime_dir or os.environ.get(RUNTIME_ROOT_VARIABLE) or DEFAULT_RUNTIME_ROOT)
         self._client = Client.connect(
             root,
@@ -123,10 +130,12 @@ class GuestAgent:
             mode="access",
             statistics=self.statistics,
             reconnect=True,
-            on_connected=self._on_connected,
+            on_connected=self._on_reconnected,
         )
         try:
-            self._on_connected(self._client.reader, self._client.welcome)
+            with self._connecting:
+                if not hasattr(self, "_paths"):  # the daemon may have been restarted already
+                    self._use(self._client.reader, self._client.welcome)
         except BaseException:
             self._client.close()
             raise
@@ -155,8 +164,15 @@ class GuestAgent:
         self._client.close()
         self._undo.close()
 
-    def _on_connected(self, reader: TableReader, welcome: Welcome) -> None:
-        """A new table and a new export: at the start, and whenever the daemon was restarted."""
+    def _on_reconnected(self, reader: TableReader, welcome: Welcome) -> None:
+        """The daemon is back, with a new table and a new export (on the client's thread, which an exception would end)."""
+        try:
+            with self._connecting:
+                self._use(reader, welcome)
+        except MountError as error:
+            log.warning("the daemon is back, its export is not: %s", error)
+
+    def _use(self, reader: TableReader, welcome: Welcome) -> None:
         try:
             lower = os.open(welcome.export, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -280,9 +296,8 @@ class GuestAgent:
 
     def statistics(self) -> GuestAgentStatistics:
         counters = self._counters
-        return GuestAgentStatistics(
-            counters.hits, counters.misses, counters.refreshes, counters.fetches, len(self._paths.cache)
-        )
+        entries = len(self._paths.cache) if hasattr(self, "_paths") else 0  # asked while it is being connected
+        return GuestAgentStatistics(counters.hits, counters.misses, counters.refreshes, counters.fetches, entries)
 
     def _entries(self, path: str | bytes) -> list[DirectoryEntry]:
         paths = self._paths

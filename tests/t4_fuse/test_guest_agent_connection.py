@@ -1,0 +1,34 @@
+"""GuestAgent and a daemon that comes, goes, or asks at an awkward moment."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coherency import GuestAgent
+from coherency.guest_agent.client import Client
+from tests.guests import Host
+
+
+@pytest.mark.expected_logs("the daemon is back, its export is not")
+def test_an_export_that_cannot_be_opened_does_not_end_the_connection(socket_dir: Path) -> None:
+    """The daemon may be killed again between its welcome and the opening."""
+    with Host(socket_dir) as host, host.agent() as agent:
+        (host.share / "file").write_text("x")
+        assert agent.stat("file").st_size == 1
+        client = agent._client
+        agent._on_reconnected(client.reader, dataclasses.replace(client.welcome, export="/nowhere"))
+        assert agent.stat("file").st_size == 1
+
+
+def test_counters_may_be_asked_for_before_the_export_is_open(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = Client.connect
+
+    def asked_at_once(*arguments: Any, **options: Any) -> Client:
+        assert options["statistics"]().entries == 0
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(Client, "connect", asked_at_once)
+    with Host(socket_dir) as host, GuestAgent.connect("test", runtime_dir=host.runtime_dir) as agent:
+        assert agent.listdir() == []
