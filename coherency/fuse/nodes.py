@@ -4,10 +4,12 @@
    gives nothing back while a request about the node is under way, so whoever handles a request may use its nodes freely.
 2. Node ids are never used twice.
 3. Two names lead to the same node iff they are the same inode. An inode number alone does not say so, since numbers are
-   used again; a node proves itself by a descriptor that pins its inode, or else by its file handle.
+   used again; a node proves itself by a descriptor that pins its inode, or else by its file handle. Where it has neither
+   (beyond the limit, on a file system without handles), number and type are believed.
 4. Descriptors are bounded: the first ``descriptor_limit`` nodes hold one (O_PATH), the others are opened for each use,
    by file handle where the file system has them, else along the names they were last seen under (and only if that
-   leads to the same inode; otherwise ESTALE, upon which the kernel looks the path up again).
+   leads to the same inode; otherwise ESTALE, upon which the kernel looks the path up again). Handles are the root's file
+   system's; on others, mounted further down, names are the way.
 5. After :meth:`NodeStore.rebase` (the tree was mounted anew) every node is reached by its names again.
 """
 
@@ -122,6 +124,10 @@ class NodeStore:
         except KeyError:
             raise OSError(errno.ESTALE, f"unknown node {node_id}") from None
 
+    def find(self, node_id: int) -> Node | None:
+        """Like :meth:`get`, for who has another way."""
+        return self._nodes.get(node_id)
+
     def inode_number(self, status: os.stat_result) -> HostInode:
         """The number under which guests see an inode.
 
@@ -153,7 +159,8 @@ class NodeStore:
         key = (status.st_dev, status.st_ino)
         node = self._by_key.get(key)
         handle = None
-        if (
+        # A handle says nothing about its file system: only the root's can be opened again.
+        if status.st_dev == self.root_device and (
             not self._descriptors_pin
             or (node is None and self._descriptors >= self._limit)
             or (node is not None and node.fd < 0)
@@ -166,7 +173,7 @@ class NodeStore:
         ino = self.inode_number(status)
         with self._lock:
             node = self._by_key.get(key)
-            if node is None or not self._same(node, handle):
+            if node is None or node.kind != stat.S_IFMT(status.st_mode) or not self._same(node, handle):
                 node = Node(NodeId(self._next_id), ino, key, status.st_mode)
                 self._next_id += 1
                 self._nodes[node.id] = self._by_key[key] = node
@@ -234,42 +241,64 @@ class NodeStore:
     def open(self, node: Node) -> Borrowed:
         """A descriptor (O_PATH) of the node; ESTALE if it cannot be reached any more."""
         fd = node.fd
-        return Borrowed(fd, False) if fd >= 0 else Borrowed(self._reach(node, 0), True)
+        return Borrowed(fd, False) if fd >= 0 else Borrowed(self._reach(node), True)
 
-    def _reach(self, node: Node, depth: int) -> int:
+    def _reach(self, node: Node) -> int:
+        """A new descriptor: directly, or down the names from the nearest node above that can be opened directly."""
+        below: list[tuple[Node, bytes]] = []
+        fd = self._open_directly(node)
+        while fd < 0:
+            parent = node.parent
+            if parent is None or len(below) == _MAX_DEPTH:
+                raise OSError(errno.ESTALE, f"{node} cannot be reached")
+            below.append((node, node.name))
+            node = parent
+            fd = self._open_directly(node)
+        for child, name in reversed(below):
+            at = fd
+            try:
+                fd = os.open(name, _O_NODE, dir_fd=at)
+            except (FileNotFoundError, NotADirectoryError):
+                raise OSError(errno.ESTALE, f"{child} is not at its name any more") from None
+            finally:
+                os.close(at)
+            try:
+                status = os.fstat(fd)
+                if (status.st_dev, status.st_ino) != child.key or stat.S_IFMT(status.st_mode) != child.kind:
+                    raise OSError(errno.ESTALE, f"another inode is called like {child}")
+            except BaseException:
+                os.close(fd)
+                raise
+        return fd
+
+    def _open_directly(self, node: Node) -> int:
+        """A new descriptor without going by names, or -1."""
+        with self._lock:  # a copy, since a node that no request is about may be forgotten meanwhile
+            if node.fd >= 0:
+                return os.dup(node.fd)
         if node.handle is not None:
             try:
                 return syscalls.open_by_handle(self._mount_fd, node.handle, _O_NODE & ~os.O_NOFOLLOW)
             except OSError as error:
                 if error.errno not in (errno.ESTALE, errno.EPERM):
                     raise
-        parent, name = node.parent, node.name
-        if parent is None or depth > _MAX_DEPTH:
-            raise OSError(errno.ESTALE, f"{node} cannot be reached")
-        with self._lock:  # a copy: the request is about the child, so the parent may be forgotten meanwhile
-            at = os.dup(parent.fd) if parent.fd >= 0 else -1
-        if at < 0:
-            at = self._reach(parent, depth + 1)
-        try:
-            fd = os.open(name, _O_NODE, dir_fd=at)
-        except FileNotFoundError:
-            raise OSError(errno.ESTALE, f"{node} is not at its name any more") from None
-        finally:
-            os.close(at)
-        status = os.fstat(fd)
-        if status.st_ino != node.key[1]:
-            os.close(fd)
-            raise OSError(errno.ESTALE, f"another inode is called like {node}")
-        return fd
+        return -1
 
     def rebase(self, root: int) -> list[int]:
         """The same tree, mounted anew and opened as ``root``: nodes are reached through it from now on.
 
-        Returns the abandoned descriptors: requests under way may still use them, close them when those are over.
+        Takes ``root`` over in any case. Returns the abandoned descriptors: requests under way may still use them, close
+        them when those are over.
         """
-        status = os.fstat(root)
-        new_root = os.open(".", _O_NODE & ~os.O_NOFOLLOW, dir_fd=root)
+        try:
+            status = os.fstat(root)
+            new_root = os.open(".", _O_NODE & ~os.O_NOFOLLOW, dir_fd=root)
+        except BaseException:
+            os.close(root)
+            raise
         with self._lock:
+            if self._mount_fd < 0:  # closed meanwhile
+                return [root, new_root]
             abandoned = [self._mount_fd]
             for node in self._nodes.values():
                 if node.fd >= 0:
