@@ -6,6 +6,8 @@
 3. An operation answers with bytes (a list of pieces), raises ``OSError`` (its errno goes to the caller), or returns
    ``NO_REPLY``. Anything else it raises is a bug of ours: logged with its traceback, EIO for the caller.
 4. Every request that the kernel waits for gets exactly one reply.
+5. A quick operation answers from memory: it never waits and makes no system call, so the thread that runs it counts as
+   one that reads. What it does not know (None) takes the ordinary way with the same bytes.
 
 Source: fuse(4), Documentation/filesystems/fuse.rst of the kernel.
 """
@@ -32,13 +34,18 @@ log = logging.getLogger(__name__)
 NO_REPLY: Final[list[bytes]] = []
 Reply: TypeAlias = Sequence[bytes]
 Operation: TypeAlias = Callable[[Request], Reply]
+QuickOperation: TypeAlias = Callable[[int, memoryview], bytes | int | None]
+"""Node id and body to payload, or a positive errno, or None: rule 5."""
 
 MAX_WRITE_BYTES: Final = 1 << 20
 _MAX_PAGES: Final = MAX_WRITE_BYTES // 4096
 _MAX_BACKGROUND: Final = 64
+_unpack_header: Final = abi.in_header.unpack_from
+_IN_HEADER_BYTES: Final = abi.in_header.size
 _INTERRUPT: Final = int(Opcode.INTERRUPT)
 _DESTROY: Final = int(Opcode.DESTROY)
 _COPY_BELOW_BYTES: Final = 4096  # a reply is put together in one piece below this size, and written in pieces above
+_NOTHING_READ: Final = (errno.ENOENT, errno.EINTR, errno.EAGAIN)  # ENOENT: the request was withdrawn
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF)
 _ALWAYS_WANTED: Final = (
     InitFlag.ASYNC_READ | InitFlag.ATOMIC_O_TRUNC | InitFlag.BIG_WRITES | InitFlag.DONT_MASK | InitFlag.AUTO_INVAL_DATA
@@ -53,6 +60,10 @@ class FileSystem(Protocol):
     @property
     def operations(self) -> Mapping[int, Operation]:
         """Opcode to operation; what is missing is answered with ENOSYS."""
+
+    @property
+    def quick_operations(self) -> Mapping[int, QuickOperation]:
+        """Opcode to quick operation, for what can often be answered from memory."""
 
     @property
     def init_flags(self) -> InitFlag:
@@ -80,6 +91,7 @@ class Session:
         self.protocol_minor = 0
         self._device, self._file_system, self._name, self._max_threads = device, file_system, name, max_threads
         self._operations = dict(file_system.operations)
+        self._quick_operations = dict(file_system.quick_operations)
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
         self._reading = 0
@@ -240,11 +252,15 @@ class Session:
                 try:
                     count = os.readv(device, buffers)
                 except OSError as error:
-                    if error.errno in _GONE:
-                        return
-                    continue  # ENOENT: the request was withdrawn; EINTR, EAGAIN: nothing happened
+                    if error.errno in _NOTHING_READ:
+                        continue
+                    if error.errno not in _GONE:
+                        log.error("cannot read requests for %s: %s", self.mountpoint, error)
+                    return
                 if not count:
                     return  # the end of a connection that is no device
+                if self._answer_quickly(view[:count]):
+                    continue
                 with lock:
                     self._reading -= 1
                     if not self._reading and len(self._threads) < self._max_threads:
@@ -271,6 +287,25 @@ class Session:
         finally:
             os.close(self._device)
             self._over.set()
+
+    def _answer_quickly(self, message: memoryview) -> bool:
+        """Rule 5: whether the message was a request that a quick operation has answered."""
+        try:
+            length, opcode, unique, node, _, _, _, extensions, _ = _unpack_header(message)
+            operation = self._quick_operations.get(opcode)
+            if operation is None or extensions or length != len(message):
+                return False
+            answer = operation(node, message[_IN_HEADER_BYTES:])
+        except Exception:  # noqa: BLE001 - too short, or a bug: the ordinary way finds out and says so
+            return False
+        if answer is None:
+            return False
+        self._requests += 1
+        if isinstance(answer, int):
+            self._write(unique, (), answer)
+        else:
+            self._write(unique, (answer,))
+        return True
 
     def _handle(self, message: memoryview) -> None:
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol
@@ -20,8 +21,8 @@ from coherency.fuse import abi, replies, syscalls
 from coherency.fuse.abi import InitFlag
 from coherency.fuse.codec import Request
 from coherency.fuse.credentials import Credentials
-from coherency.fuse.nodes import Node, NodeStore
-from coherency.fuse.session import Reply
+from coherency.fuse.nodes import Borrowed, Node, NodeStore
+from coherency.fuse.session import QuickOperation, Reply
 from coherency.ids import HostInode
 
 _O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -74,10 +75,12 @@ class OpenFile:
         self.listing: list[bytes] | None = None  # a whole directory, if it was read at once
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-        if self.writer >= 0:
-            os.close(self.writer)
+        try:
+            if self.fd >= 0:
+                os.close(self.fd)
+        finally:
+            if self.writer >= 0:
+                os.close(self.writer)
 
 
 class Tree:
@@ -94,6 +97,10 @@ class Tree:
         self.kernel_cache = kernel_cache
         self._files: dict[int, OpenFile] = {}
         self._next_fh = iter(range(1, 1 << 63)).__next__
+
+    @property
+    def quick_operations(self) -> Mapping[int, QuickOperation]:
+        return {}
 
     @property
     def init_flags(self) -> InitFlag:
@@ -149,6 +156,12 @@ class Tree:
         fh = self._next_fh()
         self._files[fh] = file
         return fh
+
+    def open_node(self, node: Node, file: OpenFile | None) -> Borrowed:
+        """A descriptor of the node; that of an open file of it, if there is one, since it may have no name any more."""
+        if file is not None and file.fd >= 0:
+            return Borrowed(file.fd, False)
+        return self.nodes.open(node)
 
     def file(self, fh: int) -> OpenFile:
         try:

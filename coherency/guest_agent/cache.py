@@ -7,8 +7,8 @@
 4. A cache belongs to one table for life. After a reconnection there is a new cache; what is still being stored into
    the old one is never read again.
 
-Pure: the clock is an argument. Methods may be called from any thread; ``get`` takes no lock, each of its steps is one
-operation of a dict.
+Pure: the clock is an argument. Methods may be called from any thread; ``get`` and ``hit`` take no lock, each of
+their steps is one operation of a dict.
 """
 
 from __future__ import annotations
@@ -65,12 +65,18 @@ class UserCache:
 
     def get(self, key: Hashable) -> Any | None:
         """The valid answer, or None: fetch it."""
+        value = self.hit(key)
+        if value is None:
+            if key in self.entries:
+                self.counters.refreshes += 1
+            else:
+                self.counters.misses += 1
+        return value
+
+    def hit(self, key: Hashable) -> Any | None:
+        """Like ``get``, but only a hit is counted: for who asks again by ``get`` before fetching."""
         entry = self.entries.get(key)
-        if entry is None:
-            self.counters.misses += 1
-            return None
-        if not self._is_valid(entry):
-            self.counters.refreshes += 1
+        if entry is None or not self._is_valid(entry):
             return None
         self.counters.hits += 1
         try:

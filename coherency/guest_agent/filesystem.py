@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from coherency.fuse import abi, codec, replies, syscalls
+from coherency.fuse.abi import Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.nodes import Node
 from coherency.fuse.passthrough import Passthrough, sized
-from coherency.fuse.session import Reply
+from coherency.fuse.session import QuickOperation, Reply
 from coherency.fuse.tree import OpenFile
 from coherency.guest_agent.cache import UserCache
 from coherency.ids import HostInode
@@ -50,6 +52,37 @@ class CachingFileSystem(Passthrough):
         super().__init__(lower, descriptor_limit=descriptor_limit)
         self.cache = cache
         self.answered_here = 0  # requests that needed nothing of the lower directory; counted like cache.Counters
+
+    # ---- from memory, without further ado: what these do not know goes the ordinary way ----
+
+    @property
+    def quick_operations(self) -> Mapping[int, QuickOperation]:
+        return {int(Opcode.LOOKUP): self._quick_lookup, int(Opcode.GETATTR): self._quick_getattr}
+
+    def _quick_lookup(self, parent_id: int, body: memoryview) -> bytes | int | None:
+        parent = self.nodes.find(parent_id)
+        if parent is None:
+            return None
+        cache = self.cache
+        node = cache.hit((_NAME, parent.ino, bytes(body[:-1])))
+        if node is None:
+            return None
+        if node is _ABSENT:
+            self.answered_here += 1
+            return errno.ENOENT
+        attr = cache.hit((_ATTRIBUTES, node.ino))
+        if attr is None or not self.nodes.remember(node):
+            return None
+        self.answered_here += 1
+        return self.entry(node, attr)
+
+    def _quick_getattr(self, node_id: int, _body: memoryview) -> bytes | None:
+        node = self.nodes.find(node_id)
+        attr = self.cache.hit((_ATTRIBUTES, node.ino)) if node is not None else None
+        if attr is None:
+            return None
+        self.answered_here += 1
+        return replies.encode_attr_out(attr)
 
     # ---- names and attributes ----
 
@@ -128,7 +161,7 @@ class CachingFileSystem(Passthrough):
         attr = self.cache.get((_ATTRIBUTES, node.ino))
         if attr is None:
             return super().getattr(request)
-        self.answered_here += 1
+        self.answered_here += 1  # another thread has just fetched it
         return (replies.encode_attr_out(attr),)
 
     def statx(self, request: Request) -> Reply:

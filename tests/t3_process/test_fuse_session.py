@@ -13,7 +13,7 @@ from coherency.errors import MountError
 from coherency.fuse.abi import InitFlag, Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.passthrough import Passthrough
-from coherency.fuse.session import NO_REPLY, Operation, Reply, Session
+from coherency.fuse.session import NO_REPLY, Operation, QuickOperation, Reply, Session
 from coherency.ids import NodeId
 from tests.fake_kernel import FakeKernel
 from tests.fuse_messages import message, request
@@ -28,6 +28,7 @@ class Scripted:
 
     def __init__(self, **operations: Operation) -> None:
         self.operations: Mapping[int, Operation] = {int(Opcode[name]): each for name, each in operations.items()}
+        self.quick_operations: dict[int, QuickOperation] = {}
         self.closed = 0
 
     def close(self) -> None:
@@ -105,6 +106,23 @@ def test_what_else_goes_wrong_is_answered_too(error: type[Exception], number: in
     with FakeKernel(Scripted(LOOKUP=fail, GETATTR=lambda request: ())) as kernel:
         assert kernel.ask("LOOKUP", b"a\0").error == number
         assert kernel.ask("GETATTR").error == 0
+        kernel.session.check()
+
+
+def test_a_quick_operation_answers_what_it_knows_and_leaves_the_rest() -> None:
+    answers: dict[bytes, bytes | int | None] = {b"known": b"from memory", b"absent": errno.ENOENT, b"unknown": None}
+
+    def quick(node: int, body: memoryview) -> bytes | int | None:
+        return answers[bytes(body[:-1])]  # KeyError, a bug, for any other name
+
+    file_system = Scripted(LOOKUP=names)
+    file_system.quick_operations[int(Opcode.LOOKUP)] = quick
+    with FakeKernel(file_system) as kernel:
+        assert kernel.ask("LOOKUP", b"known\0")[1:] == (0, b"from memory")
+        assert kernel.ask("LOOKUP", b"absent\0")[1:] == (errno.ENOENT, b"")
+        assert kernel.ask("LOOKUP", b"unknown\0")[1:] == (0, b"unknown")
+        assert kernel.ask("LOOKUP", b"bug\0")[1:] == (0, b"bug")
+        assert kernel.session.statistics().requests == 4
         kernel.session.check()
 
 
