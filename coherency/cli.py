@@ -31,11 +31,11 @@ from coherency.guest_agent.cache import DEFAULT_CAPACITY
 from coherency.guest_agent.client import fetch_status, invalidate
 from coherency.guest_agent.mount import MODES, GuestMount, MountOptions
 from coherency.protocol import CONTROL_SOCKET_NAME, DEFAULT_RUNTIME_ROOT
+from coherency.shm_abi import MAX_SLOT_COUNT
 from coherency.shm_table import DEFAULT_SLOT_COUNT, require_platform
 
 _SECOND_NS: Final = 1_000_000_000
 _LOOK_EVERY_S: Final = 0.2
-_MAX_SLOTS: Final = 1 << 30
 
 _runtime_dir = click.option(
     "--runtime-dir",
@@ -108,7 +108,7 @@ def _group(_context: click.Context, _parameter: click.Parameter, value: str | No
 )
 @click.option(
     "--slots",
-    type=click.IntRange(1, _MAX_SLOTS),
+    type=click.IntRange(1, MAX_SLOT_COUNT),
     default=DEFAULT_SLOT_COUNT,
     show_default=True,
     help="Version words, a power of two; eight bytes each. Fewer cost refreshes, never a stale answer.",
