@@ -180,9 +180,9 @@ class Client:
         * `on_lost` when the connection has ended by anything but `close`: the reader is withdrawn already;
         * `on_connected` with the new reader when, with `reconnect`, there is another connection (not for the first).
 
-        The callbacks must not wait for threads that wait for the client, nor call `close` or `request_status`.  One
-        that raises ends the client: it is logged, the reader stays withdrawn.  `clock_ns` is the clock of
-        `TableReader.trusted_until_ns`.
+        The first of them may come before this method returns.  They must not wait for threads that wait for the client,
+        nor call `close` or `request_status`.  One that raises ends the client: it is logged, the reader stays withdrawn.
+        `clock_ns` is the clock of `TableReader.trusted_until_ns`.
 
         Raises `DaemonUnavailable` if nobody serves the name, `Refused`, `ProtocolVersionError`, another `PeerError`, or
         `TableError` if the daemon's table is of no use to us, and `UsageError` for an impossible name or mode.
