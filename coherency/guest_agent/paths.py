@@ -24,6 +24,7 @@ from coherency.shm_table import Stamp
 _MAX_SYMLINKS: Final = 40
 _MAX_ATTEMPTS: Final = 16
 _LISTING_BYTES: Final = 1 << 18
+_DIRECTORY_ENDS: Final = (b"/", b"/.")  # only a directory is called by a name that ends like this
 
 
 class Place(NamedTuple):
@@ -82,7 +83,7 @@ class Paths:
         if not path:
             raise FileNotFoundError(errno.ENOENT, "an empty path")
         todo = [part for part in reversed(path.split(b"/")) if part not in (b"", b".")]
-        must_be_directory = path.endswith((b"/", b"/."))
+        must_be_directory = path.endswith(_DIRECTORY_ENDS)
         here = [self._root()]
         seen: dict[Stamp, None] | None = dict.fromkeys(here[0].stamps) if here[0].stamps is not None else None
         links = 0
@@ -107,7 +108,7 @@ class Paths:
                 target = self._target(place)
                 if target.startswith(b"/"):
                     raise OSError(errno.EXDEV, "leads out of the share")
-                must_be_directory |= not todo and target.endswith(b"/")
+                must_be_directory |= not todo and target.endswith(_DIRECTORY_ENDS)
                 todo += [step for step in reversed(target.split(b"/")) if step not in (b"", b".")]
             else:
                 here.append(place)
