@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from coherency.errors import AlreadyServing, MountError, UsageError
-from coherency.fuse.mounts import mounts
+from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mounts
 from coherency.fuse.syscalls import MNT_DETACH, umount
 from coherency.protocol import (
     CONTROL_SOCKET_NAME,
@@ -118,7 +118,7 @@ class RuntimeDirectory:
         mount_point = Path(os.path.realpath(self.path)) / EXPORT_DIRECTORY_NAME
         mounted = [mount.kind for mount in mounts() if mount.path == os.fsencode(mount_point)]
         for kind in reversed(mounted):
-            if kind != "fuse" and not kind.startswith("fuse."):
+            if kind != FILE_SYSTEM_TYPE:
                 raise UsageError(f"a file system of type {kind} is mounted at {mount_point}: not one of ours")
             try:
                 umount(str(mount_point), MNT_DETACH)
