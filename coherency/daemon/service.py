@@ -2,7 +2,8 @@
 
 Start: claim the name, table (closed), export, control channel, table serving. Stop: table closed first, so that no agent
 trusts what it has; then the control channel, the export, the name. A killed daemon stops at any point of that: the next
-one finds an unclean name and holds changes until no agent can trust the old table any more.
+one finds an unclean name and holds changes until no agent can trust the old table any more. If it is stopped before
+that, it does not give the name free sooner either.
 """
 
 from __future__ import annotations
@@ -82,14 +83,16 @@ class Service:
             claim = directory.claim()
             claimed_at_ns = time.monotonic_ns()
             undo.callback(claim.release)
+            hold_until_ns = claimed_at_ns + TRUST_NS + TRUST_MARGIN_NS if claim.unclean else 0
+            # A name given free before would be a clean one to the next daemon, which would not wait for the rest.
+            undo.callback(_wait_until, hold_until_ns)
             self._hand_to_group(directory.path)
             memory = self._make_memory()
             undo.callback(memory.close)
             undo.callback(memory.unlink)
             table = self.table = self._make_table(memory)
             os.symlink(memory.path, directory.table)
-            hold_ns = claimed_at_ns + TRUST_NS + TRUST_MARGIN_NS if claim.unclean else 0
-            self.changes = Changes(table, hold_until_ns=hold_ns, live_dangerously=options.live_dangerously)
+            self.changes = Changes(table, hold_until_ns=hold_until_ns, live_dangerously=options.live_dangerously)
             export = self.export = Export(share, self.changes, descriptor_limit=descriptor_budget())
             until_owned.pop_all()
         try:
@@ -104,7 +107,7 @@ class Service:
         read_only = memory.read_only_fd()
         undo.callback(os.close, read_only)
         high, low = table.table_id
-        welcome = Welcome(0, high, low, table.table_bytes, TRUST_NS, str(options.share), str(directory.export))
+        welcome = Welcome(0, high, low, table.table_bytes, TRUST_NS, os.path.abspath(options.share), str(directory.export))
         self.server = ControlServer(
             directory.control_socket,
             welcome=welcome, table_fd=read_only, status=self.report, invalidate=table.advance_epoch,
@@ -162,7 +165,7 @@ class Service:
         table, session, nodes = self.table.statistics(), self.session.statistics(), self.export.nodes.statistics()
         return {
             "name": self.options.name,
-            "share": str(self.options.share),
+            "share": os.path.abspath(self.options.share),
             "export": str(self.directory.export),
             "pid": os.getpid(),
             "uptime_ns": time.monotonic_ns() - self._started_at_ns,
@@ -177,6 +180,10 @@ class Service:
             "descriptors": nodes.descriptors,
             "bumping": "on" if self.changes.bumps else "off",
         }
+
+
+def _wait_until(at_ns: int) -> None:
+    time.sleep(max(0, at_ns - time.monotonic_ns()) / _SECOND_NS)
 
 
 def _open_share(share: Path, directory: RuntimeDirectory) -> int:
