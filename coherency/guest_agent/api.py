@@ -10,6 +10,7 @@ leads out of the share.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import operator
 import os
@@ -26,7 +27,7 @@ from coherency.errors import MountError
 from coherency.fuse.replies import DirectoryEntry
 from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
 from coherency.guest_agent.client import Client
-from coherency.guest_agent.paths import Paths
+from coherency.guest_agent.paths import NOT_SET, Paths
 from coherency.protocol import DEFAULT_RUNTIME_ROOT, Welcome
 from coherency.shm_table import TableReader
 
@@ -232,8 +233,10 @@ class GuestAgent:
         path, name = os.fspath(path), os.fsencode(attribute)
         key = ("getxattr", path, name, follow_symlinks)
         paths = self._paths
-        value: bytes = paths.answer(key, path, lambda place: paths.fetch_xattr(place, name), follow=follow_symlinks)
-        return value
+        value = paths.answer(key, path, lambda place: paths.fetch_xattr(place, name), follow=follow_symlinks)
+        if value is NOT_SET:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), path)
+        return value  # type: ignore[no-any-return]
 
     def listdir(self, path: AnyPath = ".") -> list[Any]:
         """Like ``os.listdir``: names of the type of ``path``."""

@@ -24,6 +24,7 @@ from coherency.shm_table import Stamp
 _MAX_SYMLINKS: Final = 40
 _MAX_ATTEMPTS: Final = 16
 _LISTING_BYTES: Final = 1 << 18
+NOT_SET: Final = object()  # what ``fetch_xattr`` finds where no such attribute is: an answer like any other
 _DIRECTORY_ENDS: Final = (b"/", b"/.")  # only a directory is called by a name that ends like this
 
 
@@ -181,12 +182,17 @@ class Paths:
         finally:
             os.close(fd)
 
-    def fetch_xattr(self, place: Place, name: bytes) -> bytes:
+    def fetch_xattr(self, place: Place, name: bytes) -> Any:
+        """Its value, or :data:`NOT_SET`."""
         fd = self._open_same(place, os.O_PATH | os.O_NOFOLLOW)
         try:
             if not place.path:
                 os.fstat(fd)  # the kernel keeps ACLs until it hears of the inode; other objects have just been looked up
             return os.getxattr(syscalls.proc_path(fd), name)
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+            return NOT_SET
         finally:
             os.close(fd)
 

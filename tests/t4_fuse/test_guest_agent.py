@@ -300,6 +300,20 @@ def test_hits_need_no_trip_and_statistics_say_so(host: Host) -> None:
         assert host.host_trips() > trips
 
 
+def test_an_attribute_that_is_not_set_is_remembered(host: Host) -> None:
+    with host.agent() as agent:
+        for _ in range(3):
+            with pytest.raises(OSError, match="No data available") as refusal:
+                agent.getxattr("directory/inner/leaf", "user.late")
+            assert (refusal.value.errno, refusal.value.filename) == (errno.ENODATA, "directory/inner/leaf")
+        before = agent.statistics()
+        assert before.hits == 2
+        os.setxattr(host.export / "directory/inner/leaf", "user.late", b"now")
+        assert agent.getxattr("directory/inner/leaf", "user.late") == b"now"
+        assert agent.statistics().lower_requests > before.lower_requests
+        os.removexattr(host.export / "directory/inner/leaf", "user.late")
+
+
 # ---- a tree that changes ----
 
 
