@@ -34,6 +34,7 @@ class FakeKernel:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(ANSWER_TIMEOUT_S)
         self.session = Session(theirs.detach(), "/nowhere", file_system, name="fake", max_threads=max_threads)
+        self.session._setxattr_ext = True  # as agreed on with every kernel since 5.14
         self._unique = 0
 
     def __enter__(self) -> Self:
@@ -62,10 +63,12 @@ class FakeKernel:
         assert head["len"] == len(data)
         return Answer(head["unique"], -head["error"], data[layout.size :])
 
-    def ask(self, kind: str, tail: bytes = b"", *, node: int = 1, **fields: int) -> Answer:
-        """One request as root of the root directory, and its reply."""
-        identity = {"uid": 0, "gid": 0, "pid": os.getpid(), "unique": self.new_unique(), "node": node}
-        self.send(request(kind, tail, **(identity | fields)))
+    def ask(
+        self, kind: str, tail: bytes = b"", *, node: int = 1, caller: tuple[int, int] = (0, 0), **fields: int
+    ) -> Answer:
+        """One request, as root and of the root directory unless told otherwise, and its reply."""
+        unique = self.new_unique()
+        self.send(request(kind, tail, unique=unique, node=node, caller=caller, pid=os.getpid(), **fields))
         answer = self.receive()
-        assert answer.unique == identity["unique"]
+        assert answer.unique == unique
         return answer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tests.fuse_header import header
 
 UNIQUE, NODE, UID, GID, PID = 0x0102030405060708, 0x1112131415161718, 1001, 1002, 1003
@@ -43,10 +41,12 @@ def message(
     )  # fmt: skip
 
 
-def request(kind: str, tail: bytes = b"", **fields: Any) -> bytes:
-    """A whole request from the fields of its struct and what follows the struct; header fields as in :func:`message`."""
-    in_header = {name: fields.pop(name) for name in ("unique", "node", "uid", "gid", "pid") if name in fields}
-    return message(kind, body(kind, **fields) + tail, **in_header)
+def request(
+    kind: str, tail: bytes = b"", *, unique: int = UNIQUE, node: int = NODE, caller: tuple[int, int] = (UID, GID),
+    pid: int = PID, **fields: int,
+) -> bytes:  # fmt: skip
+    """A whole request from the fields of its struct and what follows the struct. ``caller``: uid and gid."""
+    return message(kind, body(kind, **fields) + tail, unique=unique, node=node, uid=caller[0], gid=caller[1], pid=pid)
 
 
 def forget_one(node: int, lookups: int) -> bytes:

@@ -28,6 +28,7 @@ class Credentials(threading.local):
             os.umask(umask)
             self._umask = umask
         if (uid, gid) != self._ids:
+            self._ids = (-1, -1)  # should only one of the two be set
             syscalls.set_fs_ids(uid, gid)
             self._ids = (uid, gid)
 

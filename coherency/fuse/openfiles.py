@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from typing import Final
 
 from coherency.fuse import abi, codec, replies, syscalls
@@ -21,6 +22,7 @@ from coherency.fuse.tree import Change, OpenFile, Tree, drop_set_ids
 # O_DIRECT would ask for aligned buffers; the rest means something at the first open only, or not to a server.
 _O_DROPPED: Final = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_NOFOLLOW | os.O_DIRECT | os.O_DIRECTORY
 _NO_ENTRY: Final = bytes(abi.entry_out.size + abi.attr.size)
+_opening_writer: Final = threading.Lock()  # several threads write pages of one file
 
 
 class FileOperations(Tree):
@@ -106,9 +108,16 @@ class FileOperations(Tree):
     @staticmethod
     def _page_writer(file: OpenFile) -> int:
         """Pages of mmap go where they belong, also through a descriptor that appends."""
-        if file.writer < 0:
-            file.writer = os.open(syscalls.proc_path(file.fd), os.O_WRONLY | os.O_CLOEXEC)
-        return file.writer
+        with _opening_writer:
+            if file.writer < 0:
+                file.writer = os.open(syscalls.proc_path(file.fd), os.O_WRONLY | os.O_CLOEXEC)
+            return file.writer
+
+    @staticmethod
+    def _drop_set_ids_for(request: Request, file: OpenFile) -> None:
+        """For changes of data whose requests do not tell, as WRITE does, whether the caller may keep set-id bits."""
+        if request.uid != 0:
+            drop_set_ids(file.fd)
 
     def flush(self, request: Request) -> Reply:
         os.close(os.dup(self.file(request.body.fh).fd))  # what close() would report, it reports
@@ -133,6 +142,7 @@ class FileOperations(Tree):
         body: codec.Fallocate = request.body
         file = self.file(body.fh)
         with self.changing(request, file.node.ino):
+            self._drop_set_ids_for(request, file)
             syscalls.fallocate(file.fd, body.mode, body.offset, body.length)
         return ()
 
@@ -145,6 +155,7 @@ class FileOperations(Tree):
         source, target = self.file(body.fh_in), self.file(body.fh_out)
         length = min(body.length, 1 << 30)  # the reply has 32 bits
         with self.changing(request, target.node.ino):
+            self._drop_set_ids_for(request, target)
             count = os.copy_file_range(source.fd, target.fd, length, body.offset_in, body.offset_out)
         return (replies.encode_written(count),)
 

@@ -113,6 +113,8 @@ class Passthrough(FileOperations):
             except FileNotFoundError:
                 replaced = None
             with self.changing(request, *touched) as change:
+                if body.flags & _RENAME_WHITEOUT:  # which the file system makes where the name was
+                    self.credentials.become(request.uid, request.gid, 0)
                 syscalls.renameat2(at, body.name, new_at, body.new_name, body.flags)
                 if body.flags & _RENAME_WHITEOUT:
                     change.touch(self.nodes.inode_number(os.stat(body.name, dir_fd=at, follow_symlinks=False)))
@@ -127,15 +129,14 @@ class Passthrough(FileOperations):
         body: codec.Getattr = request.body
         node = self.nodes.get(request.node)
         file = self._files.get(body.fh) if body.flags & abi.GETATTR_FH else None
-        if file is not None and file.fd >= 0:
-            return self.attr_out(self.attributes(node, file.fd))
-        with self.nodes.open(node) as fd:
+        with self.open_node(node, file) as fd:
             return self.attr_out(self.attributes(node, fd))
 
     def statx(self, request: Request) -> Reply:
         body: codec.Statx = request.body
         node = self.nodes.get(request.node)
-        with self.nodes.open(node) as fd:
+        file = self._files.get(body.fh) if body.flags & abi.GETATTR_FH else None
+        with self.open_node(node, file) as fd:
             answer = syscalls.statx(fd, body.sx_mask, body.sx_flags & syscalls.AT_STATX_SYNC_TYPE)
         return (replies.encode_statx_out(answer, node.ino, self.kernel_cache.attr_ns),)
 
@@ -143,7 +144,7 @@ class Passthrough(FileOperations):
         body: codec.Setattr = request.body
         node = self.nodes.get(request.node)
         file = self._files.get(body.fh) if body.valid & SetattrValid.FH else None
-        with self.nodes.open(node) as fd:
+        with self.open_node(node, file) as fd:
             with self.changing(request, node.ino):
                 self._apply(body, node, fd, file)
             return self.attr_out(self.attributes(node, fd))

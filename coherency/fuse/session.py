@@ -4,7 +4,8 @@
 2. While requests are answered there is always a thread left that reads: the one that takes the last reading thread's
    place is started before the operation runs (up to ``max_threads``), so that operations may wait for each other.
 3. An operation answers with bytes (a list of pieces), raises ``OSError`` (its errno goes to the caller), or returns
-   ``NO_REPLY``. Anything else it raises is a bug of ours: logged with its traceback, EIO for the caller.
+   ``NO_REPLY``. A number that no system call takes is EINVAL. Anything else that is raised is a bug of ours: logged with
+   its traceback, EIO for the caller.
 4. Every request that the kernel waits for gets exactly one reply.
 5. A quick operation answers from memory: it never waits and makes no system call, so the thread that runs it counts as
    one that reads. What it does not know (None) takes the ordinary way with the same bytes.
@@ -333,6 +334,8 @@ class Session:
             number = error.errno or errno.EIO
         except MemoryError:
             number = errno.ENOMEM
+        except OverflowError:  # a number that no system call takes
+            number = errno.EINVAL
         except Exception:
             log.exception("operation %s failed", request)
             number = errno.EIO

@@ -15,7 +15,7 @@ from tests.fuse_messages import GID, NODE, PID, UID, UNIQUE, body, forget_one, m
 BIG = (1 << 64) - 2  # does not fit into a signed word
 NAME = b"n\xe4me \xff\n"
 
-SETATTR = {
+SETATTR: dict[str, Any] = {
     "valid": 0x7F, "fh": 7, "size": BIG, "lock_owner": 1, "atime": 2, "mtime": BIG, "ctime": 4, "atimensec": 5,
     "mtimensec": 6, "ctimensec": 8, "mode": 0o644, "uid": 9, "gid": 10,
 }  # fmt: skip
@@ -35,7 +35,7 @@ EXAMPLES: list[tuple[str, bytes, Any]] = [
     ("BATCH_FORGET", request("BATCH_FORGET", count=0), codec.Forget(())),
     ("GETATTR", request("GETATTR", getattr_flags=1, fh=BIG), codec.Getattr(1, BIG)),
     ("STATX", request("STATX", getattr_flags=1, fh=7, sx_flags=2, sx_mask=0xFFF), codec.Statx(1, 7, 2, 0xFFF)),
-    ("SETATTR", message("SETATTR", body("SETATTR", **SETATTR)), codec.Setattr(**SETATTR_BODY)),
+    ("SETATTR", request("SETATTR", **SETATTR), codec.Setattr(**SETATTR_BODY)),
     ("READLINK", request("READLINK"), codec.Empty()),
     ("SYMLINK", request("SYMLINK", b"name\0../any/where\0"), codec.Symlink(b"name", b"../any/where")),
     ("MKNOD", request("MKNOD", NAME + b"\0", mode=1, rdev=2, umask=3), codec.Mknod(NAME, 1, 2, 3)),
