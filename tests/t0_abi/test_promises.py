@@ -74,3 +74,37 @@ def test_a_message_is_one_of_the_program(message: str) -> None:
 
 def test_a_message_that_nobody_says_is_found() -> None:
     assert "the daemon of '…' is in a bad mood" not in TEMPLATES
+
+
+OPERATORS_BUSINESS = ("UsageError", "MountError", "CoherencyError")
+LOGGED = ("warning", "error", "critical", "exception")
+
+
+def for_the_operator(tree: ast.Module) -> Iterator[str]:
+    """What is raised for the operator, or logged as a warning at least, with … for what is put in."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        name = ast.unparse(node.func)
+        if name in OPERATORS_BUSINESS or (name.partition(".")[0] in ("log", "_log") and name.endswith(LOGGED)):
+            text = node.args[0]
+            if isinstance(text, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in text.values)
+            elif isinstance(text, ast.Constant):
+                yield re.sub(r"%[sd]", "…", str(text.value))
+
+
+@pytest.mark.parametrize("room", ["daemon", "fuse", "guest_agent"])
+def test_what_the_operator_may_read_is_explained(room: str) -> None:
+    said = {
+        text
+        for file in (ROOT / "coherency" / room).rglob("*.py")
+        for text in for_the_operator(ast.parse(file.read_text()))
+    }
+    assert len(said) > 5
+    assert said - set(MESSAGES) == set()
+
+
+def test_an_unexplained_message_is_found() -> None:
+    tree = ast.parse('raise UsageError(f"no {x} today")\nlog.warning("lost %s", name)\nlog.info("fine")')
+    assert set(for_the_operator(tree)) == {"no … today", "lost …"}
