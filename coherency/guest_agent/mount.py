@@ -95,6 +95,7 @@ class GuestMount:
         self._file_system: Passthrough | None = None
         self._session: Session | None = None
         self._undo = contextlib.ExitStack()
+        self._connecting = threading.Lock()  # the daemon may be restarted while the mount is being made
 
     def start(self) -> None:
         """Mounted and answering when this returns; nothing is left behind when it raises."""
@@ -116,15 +117,16 @@ class GuestMount:
                 on_connected=self._on_connected,
             )
             undo.callback(self.client.close)
-            lower = _open_lower(self.client.welcome, options.mountpoint)
-            file_system = self._file_system = self._make_file_system(lower)
-            try:
-                session = self._session = Session.mount(
-                    str(options.mountpoint), file_system, source=f"coherency:{options.name}", name="mount"
-                )
-            except BaseException:
-                file_system.close()
-                raise
+            with self._connecting:
+                lower = _open_lower(self.client.welcome, options.mountpoint)
+                file_system = self._file_system = self._make_file_system(lower)
+                try:
+                    session = self._session = Session.mount(
+                        str(options.mountpoint), file_system, source=f"coherency:{options.name}", name="mount"
+                    )
+                except BaseException:
+                    file_system.close()
+                    raise
             undo.callback(session.close)
             session.start()
             self._undo = undo.pop_all()
@@ -140,9 +142,10 @@ class GuestMount:
 
     def _on_connected(self, reader: TableReader, welcome: Welcome) -> None:
         """The daemon is back, with a new table and a new export (on the client's thread)."""
-        file_system, session = self._file_system, self._session
+        with self._connecting:
+            file_system, session = self._file_system, self._session
         if file_system is None or session is None:
-            return
+            return  # not begun yet: it will be with this connection
         try:
             abandoned = file_system.nodes.rebase(_open_lower(welcome, self.options.mountpoint))
         except (MountError, OSError) as error:
