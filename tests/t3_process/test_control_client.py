@@ -42,7 +42,8 @@ from tests.control_messages import REPORT, frame
 from tests.waiting import until
 
 COUNTERS = SimpleNamespace(hits=1, misses=2, refreshes=3, lower_requests=4, entries=5)
-SHORT = Patience(answer_ns=300_000_000, first_retry_ns=1_000_000, last_retry_ns=4_000_000)
+EAGER = Patience(answer_ns=20_000_000_000, first_retry_ns=1_000_000, last_retry_ns=4_000_000)
+SHORT = Patience(answer_ns=500_000_000)
 INODE = HostInode(4711)
 
 
@@ -63,7 +64,14 @@ class Told:
         self.events.append("connected")
 
 
-def connect(root: Path, name: str = "share-1", *, told: Told | None = None, reconnect: bool = False) -> Client:
+def connect(
+    root: Path,
+    name: str = "share-1",
+    *,
+    told: Told | None = None,
+    reconnect: bool = False,
+    patience: Patience = EAGER,
+) -> Client:
     told = told or Told()
     told.client = Client.connect(
         root,
@@ -74,7 +82,7 @@ def connect(root: Path, name: str = "share-1", *, told: Told | None = None, reco
         reconnect=reconnect,
         on_lost=told.lost,
         on_connected=told.connected,
-        patience=SHORT,
+        patience=patience,
     )
     told.client_is_known.set()
     return told.client
@@ -356,7 +364,7 @@ def test_answers_to_an_operator_that_are_none(socket_dir: Path, ask: Callable[[P
 def test_a_daemon_that_never_answers_is_given_up(socket_dir: Path) -> None:
     with FakeDaemon(socket_dir, lambda: encode(WELCOME)[:-1], hang_up=False):
         with pytest.raises(DaemonUnavailable, match="it does not answer"):
-            connect(socket_dir)
+            connect(socket_dir, patience=SHORT)
         with pytest.raises(DaemonUnavailable, match="it does not answer"):
             fetch_status(socket_dir, "share-1", patience=SHORT)
 
@@ -465,7 +473,7 @@ def test_guests_ask_from_several_threads(socket_dir: Path) -> None:
 def test_a_question_without_an_answer_ends_the_connection(socket_dir: Path) -> None:
     with (
         FakeDaemon(socket_dir, lambda: encode(WELCOME), fds=lambda: [a_table()], hang_up=False),
-        connect(socket_dir) as client,
+        connect(socket_dir, patience=SHORT) as client,
     ):
         with pytest.raises(DaemonUnavailable, match="no answer"):
             client.request_status()
@@ -559,7 +567,7 @@ def test_a_callback_that_fails_ends_the_client(socket_dir: Path, caplog: pytest.
             guest_name="g",
             mode="none",
             reconnect=True,
-            patience=SHORT,
+            patience=EAGER,
             **callbacks,  # type: ignore[arg-type]
         )
         if which == "statistics":

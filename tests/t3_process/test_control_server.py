@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,11 +40,11 @@ from coherency.protocol import (
     encode,
 )
 from coherency.shm_table import TableReader
-from tests.control_daemon import ControlDaemon, DaemonProcess
+from tests.control_daemon import PATIENT, ControlDaemon, DaemonProcess
 from tests.control_messages import REPORT, frame
 from tests.waiting import until
 
-QUICK = Limits(opening_ns=400_000_000, frame_ns=200_000_000, statistics_ns=100_000_000)
+QUICK = Limits(opening_ns=400_000_000, frame_ns=200_000_000, statistics_ns=10_000_000_000)
 HELLO = encode(Hello(name="raw", pid=1, mode="none"))
 COUNTERS = SimpleNamespace(hits=1, misses=2, refreshes=3, lower_requests=4, entries=5)
 PATIENCE_S = 20.0
@@ -102,7 +103,7 @@ def assert_serves(daemon: ControlDaemon, good: Client) -> None:
     assert [(each["name"], each["answered"], each["hits"]) for each in status["guests"] if each["name"] == "good"] == [
         ("good", True, 1)
     ]
-    assert good.reader.trusted_until_ns > time.monotonic_ns()
+    until(lambda: good.reader.trusted_until_ns > time.monotonic_ns())
     assert good.statistics().losses == 0
 
 
@@ -271,7 +272,7 @@ def test_negative_control_an_operator_in_good_order_is_not_dropped(daemon: Contr
 
 @pytest.mark.expected_logs(DROPPED + "does not read")
 def test_a_peer_that_never_reads_is_dropped_and_blocks_nobody(socket_dir: Path) -> None:
-    limits = Limits(unsent_bytes=4096)
+    limits = replace(PATIENT, unsent_bytes=4096)
     with ControlDaemon(socket_dir, "share-1", limits=limits) as daemon, guest(daemon) as good:
         with RawPeer(daemon.path) as deaf:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -282,7 +283,7 @@ def test_a_peer_that_never_reads_is_dropped_and_blocks_nobody(socket_dir: Path) 
 
 
 def test_negative_control_a_peer_that_reads_gets_everything(socket_dir: Path) -> None:
-    with ControlDaemon(socket_dir, "share-1", limits=Limits(unsent_bytes=4096)) as daemon:
+    with ControlDaemon(socket_dir, "share-1", limits=replace(PATIENT, unsent_bytes=4096)) as daemon:
         with RawPeer(daemon.path) as peer:
             for _ in range(200):
                 peer.sock.sendall(encode(InvalidateRequest()) * 100)
@@ -324,7 +325,7 @@ def test_two_hundred_connections_leave_no_descriptor(daemon: ControlDaemon) -> N
 
 @pytest.mark.expected_logs(DROPPED + "too many connections")
 def test_too_many_connections(socket_dir: Path) -> None:
-    with ControlDaemon(socket_dir, "share-1", limits=Limits(peers=5)) as daemon:
+    with ControlDaemon(socket_dir, "share-1", limits=replace(PATIENT, peers=5)) as daemon:
         peers = [RawPeer(daemon.path) for _ in range(5)]
         until(lambda: daemon.server.statistics().peers == 5)
         with pytest.raises(Refused, match="too many connections") as caught:
@@ -363,13 +364,16 @@ def test_a_daemon_without_descriptors_waits_for_some(socket_dir: Path) -> None:
 # --- status and invalidate -----------------------------------------------------------------------------------------
 
 
-def test_status_collects_from_all_guests_and_waits_for_none(daemon: ControlDaemon) -> None:
-    with guest(daemon, "one"), guest(daemon, "two"), RawPeer(daemon.path) as silent:
+def test_status_collects_from_all_guests_and_waits_for_none(socket_dir: Path) -> None:
+    limits = Limits(statistics_ns=1_000_000_000)
+    with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(ControlDaemon(socket_dir, "share-1", limits=limits))
+        for name in ("one", "two"):
+            stack.enter_context(guest(daemon, name))
+        silent = stack.enter_context(RawPeer(daemon.path))
         silent.sock.send(HELLO)
         until(lambda: len(daemon.server.guests()) == 3)
-        began = time.monotonic()
         status = fetch_status(daemon.root, daemon.name)
-        assert time.monotonic() - began < 5
         assert {each["name"]: (each["answered"], each["hits"]) for each in status["guests"]} == {
             "one": (True, 1),
             "two": (True, 1),
