@@ -5,7 +5,12 @@
 2. Node ids are never used twice.
 3. Two names lead to the same node iff they are the same inode. An inode number alone does not say so, since numbers are
    used again; a node proves itself by a descriptor that pins its inode, or else by its file handle. Where it has neither
-   (beyond the limit, on a file system without handles), number and type are believed.
+   (beyond the limit, on a file system without handles), number and type are believed. The exception, with
+   ``moved_directories_are_new``: a directory that somebody else has moved to another parent gets a new node there, beside
+   the old one for as long as the kernel has that. Under the old id the kernel would have to move its own dentry, which
+   fails with ESTALE whenever a rename between directories is under way on this mount: always, if that is what the
+   look-up is for (``__d_unalias`` in fs/dcache.c). Who relies on the kernel's lock of a directory (``daemon.changes``)
+   cannot have this: each node has a lock of its own.
 4. Descriptors are bounded: the first ``descriptor_limit`` nodes hold one (O_PATH), the others are opened for each use,
    by file handle where the file system has them, else along the names they were last seen under (and only if that
    leads to the same inode; otherwise ESTALE, upon which the kernel looks the path up again). Handles are the root's file
@@ -92,14 +97,18 @@ class NodeStatistics:
 class NodeStore:
     """All nodes of one mount. Thread-safe; the lock is never held over a system call that may wait for a server."""
 
-    def __init__(self, root: int, *, descriptor_limit: int, descriptors_pin: bool = True) -> None:
+    def __init__(
+        self, root: int, *, descriptor_limit: int, descriptors_pin: bool = True, moved_directories_are_new: bool = False
+    ) -> None:
         """``root``: an open directory (not O_PATH), owned by the store from now on.
 
         ``descriptors_pin``: a descriptor keeps the inode number from being used again. Not so over a FUSE server that
         has more inodes than descriptors itself; then file handles are compared each time.
+        ``moved_directories_are_new``: see rule 3.
         """
         self._lock = threading.Lock()
         self._limit, self._descriptors_pin = descriptor_limit, descriptors_pin
+        self._moved_directories_are_new = moved_directories_are_new
         self._mount_fd = root
         status = os.fstat(root)
         self.root_device = status.st_dev
@@ -173,7 +182,12 @@ class NodeStore:
         ino = self.inode_number(status)
         with self._lock:
             node = self._by_key.get(key)
-            if node is None or node.kind != stat.S_IFMT(status.st_mode) or not self._same(node, handle):
+            if (
+                node is None
+                or node.kind != stat.S_IFMT(status.st_mode)
+                or (self._moved_directories_are_new and node.is_directory and node.parent is not parent)
+                or not self._same(node, handle)
+            ):
                 node = Node(NodeId(self._next_id), ino, key, status.st_mode)
                 self._next_id += 1
                 self._nodes[node.id] = self._by_key[key] = node

@@ -89,10 +89,16 @@ class Tree:
     tracks_changes = False  # whether ``changing`` wants to know the inodes behind names that go away
 
     descriptors_pin = True  # see NodeStore
+    moved_directories_are_new = False  # likewise
 
     def __init__(self, root: int, *, descriptor_limit: int, kernel_cache: KernelCache = KernelCache()) -> None:
         """``root``: an open directory, owned by this object from now on. ``descriptor_limit``: see ``nodes``."""
-        self.nodes = NodeStore(root, descriptor_limit=descriptor_limit, descriptors_pin=self.descriptors_pin)
+        self.nodes = NodeStore(
+            root,
+            descriptor_limit=descriptor_limit,
+            descriptors_pin=self.descriptors_pin,
+            moved_directories_are_new=self.moved_directories_are_new,
+        )
         self.credentials = Credentials()
         self.kernel_cache = kernel_cache
         self._files: dict[int, OpenFile] = {}

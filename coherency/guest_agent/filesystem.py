@@ -46,6 +46,7 @@ class CachingFileSystem(Passthrough):
     """See the module. ``cache`` may be exchanged at any time: an operation uses the one that it began with."""
 
     descriptors_pin = False
+    moved_directories_are_new = True
 
     def __init__(self, lower: int, cache: UserCache, *, descriptor_limit: int) -> None:
         """``lower``: the open lower directory, owned by this object from now on."""
@@ -111,18 +112,16 @@ class CachingFileSystem(Passthrough):
             return (self.entry(*self.look_up(parent, at, name)),)
 
     def _from_listing(self, cache: UserCache, parent: Node, name: bytes) -> Node | None:
-        """What a valid listing of the parent tells of a name: its node with one more look-up, if we have it, or its absence.
+        """The node of a name that a valid listing of the parent tells, with one more look-up, if we have it.
 
-        A change in a directory makes all its names doubtful; one listing settles them all, with a single trip.
+        A change in a directory makes all its names doubtful; one listing settles those that are there, with a single trip.
         """
         listing: Listing | None = cache.peek((_LISTING, parent.ino))
         if listing is None:
             return None
         ino = listing.inodes.get(name)
-        if ino is None:
-            cache.put((_NAME, parent.ino, name), _ABSENT, listing.stamp)
-            self.answered_here += 1
-            raise FileNotFoundError(errno.ENOENT, "not in the listing")
+        if ino is None:  # not listed is not absent: think of case-insensitive directories and hidden snapshots
+            return None
         node = self.nodes.pinned(ino, parent, name)
         if node is not None:
             cache.put((_NAME, parent.ino, name), node, listing.stamp)

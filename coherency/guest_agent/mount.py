@@ -73,6 +73,7 @@ class LowerPassthrough(Passthrough):
     """A guest's file system without a user cache."""
 
     descriptors_pin = False
+    moved_directories_are_new = True
 
 
 class MountStatistics(NamedTuple):
