@@ -79,13 +79,13 @@ class FileOperations(Tree):
     def _created(self, fd: int, flags: int, parent: Node, name: bytes, change: Change) -> Reply:
         try:
             status = os.fstat(fd)
+            change.touch(self.nodes.inode_number(status))  # before anything can fail: it is there
             node = self.nodes.adopt(
                 os.open(syscalls.proc_path(fd), os.O_PATH | os.O_CLOEXEC), status, parent, name
             )  # fmt: skip
         except BaseException:
             os.close(fd)
             raise
-        change.touch(node.ino)
         entry = self.entry(node, replies.encode_attr(status, node.ino))
         return entry, replies.encode_open(self.add_file(OpenFile(fd, flags, node)), self.open_flags(node))
 

@@ -53,8 +53,9 @@ class Passthrough(FileOperations):
         with self.nodes.open(parent) as at, self.changing(request, parent.ino) as change:
             self.credentials.become(request.uid, request.gid, umask)
             create(at)
+            if self.tracks_changes:  # before anything can fail: it is there
+                change.touch(self.nodes.inode_number(os.stat(name, dir_fd=at, follow_symlinks=False)))
             node, attr = self.look_up(parent, at, name)
-            change.touch(node.ino)
         return (self.entry(node, attr),)
 
     def mknod(self, request: Request) -> Reply:
