@@ -5,8 +5,8 @@ Rules:
 1. A peer does only what `TRANSITIONS` allows; whatever else it does, it alone is dropped, with a reason.
 2. A peer that owes something has a deadline: a first message (`opening_ns`), the rest of a frame (`frame_ns`).  A guest
    that owes nothing may be silent for ever.
-3. Nobody waits for a guest: a status is answered after `statistics_ns` at the latest, with the last known counters of
-   those that did not answer.
+3. Nobody waits for a guest: counters are collected in runs, which end after `statistics_ns` at the latest, with the last
+   known counters of those guests that did not answer.
 4. A guest is asked for its counters only when it owes no answer, and sends them only when asked.  So a silent guest
    costs one unread frame, and a talkative one is dropped.
 5. Every answer to a StatusRequest is of a run that began after the request came.  There is one run at a time; who asks
@@ -116,6 +116,7 @@ class Switchboard:
 
     `welcome` is the template of all Welcomes; `status` gives the daemon's part of a report (see `REPORT_KEYS`) and
     `invalidate` the new epoch; both must not wait for anything, and what they raise costs only the asker its answer.
+    Raises `ValueError` if `welcome` cannot be sent.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Switchboard:
         own_uid: int,
         limits: Limits,
     ) -> None:
+        encode(welcome)  # raises ValueError now instead of failing the first guest
         self._welcome = welcome
         self._status = status
         self._invalidate = invalidate

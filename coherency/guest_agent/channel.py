@@ -85,6 +85,8 @@ class Channel:
                 sent = self._sock.send(frame)
             except BlockingIOError:
                 sent = 0
+            except OSError as error:  # also the channel closed by another thread
+                raise ConnectionAbortedError(f"the daemon is gone: {error.strerror}") from error
             self._sent_bytes += sent
         if sent < len(frame):
             raise ConnectionAbortedError("the daemon does not read")

@@ -169,6 +169,17 @@ def test_a_stream_that_ends_inside_a_frame_is_cut_off() -> None:
     assert not bench.dropped[peer].orderly
 
 
+def test_a_welcome_that_cannot_be_sent_is_refused_before_there_are_guests() -> None:
+    with pytest.raises(ValueError, match=r"Welcome\.share"):
+        Switchboard(
+            welcome=Welcome(0, 7, 8, 4096, 10**9, "", "/export"),
+            status=lambda: REPORT,
+            invalidate=lambda: Epoch(1),
+            own_uid=OWN_UID,
+            limits=LIMITS,
+        )
+
+
 # --- who breaks the rules ------------------------------------------------------------------------------------------
 
 

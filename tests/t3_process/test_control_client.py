@@ -22,6 +22,7 @@ from coherency.errors import (
     TableError,
     UsageError,
 )
+from coherency.guest_agent.channel import Channel
 from coherency.guest_agent.client import Client, LinkState, Patience, fetch_status, invalidate, served_names
 from coherency.ids import HostInode
 from coherency.protocol import (
@@ -32,6 +33,7 @@ from coherency.protocol import (
     Statistics,
     StatisticsRequest,
     StatusReply,
+    StatusRequest,
     Welcome,
     encode,
 )
@@ -467,6 +469,17 @@ def test_guests_ask_from_several_threads(socket_dir: Path) -> None:
         for asker in askers:
             asker.join()
         assert answers == [1] * 8
+
+
+def test_a_channel_that_was_closed_or_cut_says_so(socket_dir: Path) -> None:
+    """Whoever asks while the connection ends learns that, and no other error."""
+    with ControlDaemon(socket_dir, "share-1"):
+        for end in (Channel.close, Channel.hang_up):
+            channel = Channel.dial(socket_dir, "share-1", deadline_ns=time.monotonic_ns() + EAGER.answer_ns)
+            end(channel)
+            with pytest.raises(ConnectionError, match="the daemon is gone"):
+                channel.send(StatusRequest())
+            channel.close()
 
 
 @pytest.mark.expected_logs("lost the daemon")
