@@ -114,6 +114,12 @@ class UserCache:
             while self._units > self.capacity:
                 self._units -= self.entries.popitem(last=False)[1][3]
 
+    def discard(self, key: Hashable) -> None:
+        """What was kept under ``key`` has turned out to be wrong, whatever the versions say."""
+        with self._lock:
+            old = self.entries.pop(key, None)
+            self._units -= old[3] if old else 0
+
     def clear(self) -> None:
         with self._lock:
             self.entries.clear()

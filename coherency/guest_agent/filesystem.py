@@ -148,6 +148,15 @@ class CachingFileSystem(Passthrough):
         cache.put(key, node, name_stamp)
         return node, attr
 
+    def create(self, request: Request) -> Reply:
+        try:
+            return super().create(request)
+        except OSError as error:
+            if error.errno in (errno.ESTALE, errno.EEXIST):
+                # Somebody made it behind the export, where no version moves. The kernel looks again: not in our memory.
+                self.cache.discard((_NAME, self.nodes.get(request.node).ino, request.body.name))
+            raise
+
     def attributes(self, node: Node, fd: int) -> bytes:
         cache = self.cache
         stamp = cache.sample(node.ino)

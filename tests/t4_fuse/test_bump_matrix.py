@@ -166,6 +166,22 @@ def test_o_creat_on_a_name_that_was_absent_a_moment_ago(stage: Stage, changer: s
     assert theirs.stat().st_size == 0
 
 
+@pytest.mark.parametrize("flags", [os.O_CREAT, os.O_CREAT | os.O_EXCL])
+def test_o_creat_on_a_name_that_was_made_behind_the_export(stage: Stage, flags: int) -> None:
+    """No version has moved, so the guest still knows the name as absent; the attempt to make it tells otherwise."""
+    name = f"modes/behind-{flags}"
+    path = stage.mounts["a"] / name
+    assert not path.exists()
+    (stage.host.share / name).write_bytes(b"made by the host")
+    if flags & os.O_EXCL:
+        with pytest.raises(FileExistsError):
+            os.open(path, flags | os.O_RDWR)
+    else:
+        with opened(path, flags | os.O_RDWR) as fd:
+            assert os.read(fd, 100) == b"made by the host"
+    assert path.exists()
+
+
 @pytest.mark.parametrize("mode", [FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE, FALLOC_FL_UNSHARE_RANGE])
 def test_other_modes_of_fallocate_are_refused_by_the_kernel(stage: Stage, mode: int) -> None:
     """So they need no row."""
