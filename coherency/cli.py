@@ -12,10 +12,8 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -23,6 +21,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from coherency import __version__
+from coherency.cli_check import check_command
+from coherency.cli_messages import errors_as_messages, json_option
+from coherency.cli_simulate import simulate_command
 from coherency.daemon.service import Service, ServiceOptions
 from coherency.demo import Demo, Step
 from coherency.errors import CoherencyError, DaemonUnavailable, UsageError
@@ -46,27 +47,9 @@ _runtime_dir = click.option(
     show_envvar=True,
     help="The parent of the daemons' directories.",
 )
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 _verbose = click.option(
     "-v", "--verbose", is_flag=True, help="Log what happens to standard error, not only what is wrong."
 )
-
-
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    try:
-        yield
-    except UsageError as error:
-        _fail(str(error), 2)
-    except CoherencyError as error:
-        _fail(str(error), 1)
-    except OSError as error:
-        _fail(f"{error.filename or 'system'}: {error.strerror}", 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"coherency: {message}", err=True)
-    sys.exit(code)
 
 
 def _log_to_stderr(verbose: bool) -> None:
@@ -131,7 +114,7 @@ def serve(
     coherency serve . --name test --runtime-dir /tmp/run
     """
     _log_to_stderr(verbose)
-    with _errors_as_messages():
+    with errors_as_messages():
         require_platform()
         if slots & (slots - 1):
             raise UsageError(f"--slots {slots} is not a power of two; {1 << slots.bit_length()} is the next one")
@@ -182,7 +165,7 @@ def mount(
     coherency mount work /mnt/b --cache auto --timeout 0.5
     """
     _log_to_stderr(verbose)
-    with _errors_as_messages():
+    with errors_as_messages():
         require_platform()
         timeout_ns = None if timeout is None else round(timeout * _SECOND_NS)
         guest_mount = GuestMount(
@@ -211,7 +194,7 @@ def _run(thing: Service | GuestMount, ready: str) -> None:
 @main.command()
 @click.argument("name", required=False)
 @_runtime_dir
-@_json
+@json_option
 def status(name: str | None, runtime_dir: Path, as_json: bool) -> None:
     """Show the daemon NAME, or all daemons: guests, hits, misses, refreshes, bumps, epoch, table.
 
@@ -219,7 +202,7 @@ def status(name: str | None, runtime_dir: Path, as_json: bool) -> None:
     coherency status
     coherency status work --json
     """
-    with _errors_as_messages():
+    with errors_as_messages():
         names = [name] if name else _names(runtime_dir)
         found: dict[str, dict[str, Any]] = {}
         for each in names:
@@ -271,7 +254,7 @@ def _print_status(console: Console, report: dict[str, Any]) -> None:
 @main.command("invalidate")
 @click.argument("name")
 @_runtime_dir
-@_json
+@json_option
 def invalidate_command(name: str, runtime_dir: Path, as_json: bool) -> None:
     """Begin a new epoch: every guest of NAME fetches afresh whatever it uses next.
 
@@ -280,14 +263,14 @@ def invalidate_command(name: str, runtime_dir: Path, as_json: bool) -> None:
     \b
     coherency invalidate work
     """
-    with _errors_as_messages():
+    with errors_as_messages():
         epoch = invalidate(runtime_dir, name)
     click.echo(json.dumps({"name": name, "epoch": epoch}) if as_json else f"'{name}' is in epoch {epoch} now")
 
 
 @main.command()
 @click.option("--live-dangerously", is_flag=True, help="Switch the bumps off, and see what stale looks like.")
-@_json
+@json_option
 def demo(live_dangerously: bool, as_json: bool) -> None:
     """Serve a copy of Python's standard library to two guests, change files in one, and watch the other.
 
@@ -299,7 +282,7 @@ def demo(live_dangerously: bool, as_json: bool) -> None:
     """
     console = Console(stderr=as_json, highlight=False)
     steps: list[Step] = []
-    with _errors_as_messages(), Demo(live_dangerously=live_dangerously) as scenario:
+    with errors_as_messages(), Demo(live_dangerously=live_dangerously) as scenario:
         for step in scenario.run(lambda text: console.print(f"[dim]{escape(text)}[/dim]")):
             steps.append(step)
             _print_step(console, step)
@@ -325,3 +308,7 @@ def _print_step(console: Console, step: Step) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+main.add_command(check_command)
+main.add_command(simulate_command)

@@ -1,0 +1,140 @@
+"""``coherency simulate``: its arguments and its output."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import sys
+from typing import Any, Final
+
+import click
+
+from coherency.cli_messages import errors_as_messages, json_option
+from coherency.sim.faults import FAULTS, parse_faults
+from coherency.sim.machine import Setup
+from coherency.sim.run import GROUPS_PER_GUEST, Outcome, simulate
+from coherency.sim.verdict import PROMISES, Violation, describe
+
+_MS: Final = 1_000_000
+_SHOWN_VIOLATIONS: Final = 3
+_SEEDS: Final = 1_000_000
+
+
+@click.command("simulate")
+@click.option("--guests", type=click.IntRange(1), default=2, show_default=True, help="How many mounts.")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="How long they work."
+)
+@click.option("--seed", type=int, help="Decides who does what, and which faults happen when. [default: a new one]")
+@click.option(
+    "--cache", type=click.Choice(tuple(PROMISES)), default="access", show_default=True, help="The mode of the mounts."
+)
+@click.option("--faults", default="none", show_default=True, help=f"all, none, or a list of: {', '.join(FAULTS)}.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes per guest; half of them change things."
+)
+@click.option("--live-dangerously", is_flag=True, help="Never bump a version: the check must find stale reads.")
+@json_option
+def simulate_command(
+    guests: int, seconds: float, seed: int | None, cache: str, faults: str, workers: int, live_dangerously: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Let real guests change and look at one directory, break things, and check everything that they saw.
+
+    Starts a daemon and mounts of its own in a temporary directory, and removes them. Needs root and /dev/fuse. Exits with
+    1 if a promise of the cache mode was not kept, and shows the shortest history that proves it.
+
+    \b
+    coherency simulate
+    coherency simulate --guests 4 --seconds 60 --seed 7 --faults all
+    coherency simulate --cache auto --faults stop-agent,kill-daemon --json
+    coherency simulate --live-dangerously          # see it find what is wrong
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    seed = secrets.randbelow(_SEEDS) if seed is None else seed
+    with errors_as_messages():
+        kinds = parse_faults(faults)
+        setup = Setup(guests, workers, GROUPS_PER_GUEST * guests, cache, seed, live_dangerously)
+        outcome = simulate(setup, seconds, kinds, lambda text: click.echo(text, err=True))
+    if as_json:
+        click.echo(json.dumps(_document(outcome), indent=2))
+    else:
+        _print(outcome)
+    sys.exit(0 if outcome.passed else 1)
+
+
+def _print(outcome: Outcome) -> None:
+    verdict, setup = outcome.verdict, outcome.setup
+    click.echo(
+        f"{setup.guests} guests, --cache {setup.cache}, seed {setup.seed}, {outcome.seconds:g} s, {len(outcome.windows)} "
+        f"faults: {verdict.calls} calls ({verdict.disturbed} disturbed); {verdict.reads} reads and {verdict.writes} "
+        f"writes of {verdict.registers} registers checked ({verdict.promise.value})"
+    )
+    stale = verdict.staleness
+    if stale.stale:
+        click.echo(
+            f"stale reads: {stale.stale}; p50 {stale.p50_ns / _MS:.1f} ms, p99 {stale.p99_ns / _MS:.1f} ms, "
+            f"max {stale.max_ns / _MS:.1f} ms"
+        )
+        for bucket, count in stale.histogram.items():
+            click.echo(f"  {bucket:>13} {count}")
+    else:
+        click.echo("stale reads: none")
+    for violation in outcome.violations[:_SHOWN_VIOLATIONS]:
+        click.echo(f"\nVIOLATION at {violation.where}: {violation.reason}")
+        for call in violation.calls:
+            click.echo(describe(call, outcome.origin_ns))
+        for what in _disturbances(outcome, violation):
+            click.echo(f"{what['start_ms']:12.3f} .. {what['end_ms']:12.3f} ms  fault: {what['what']}")
+    more = len(outcome.violations) - _SHOWN_VIOLATIONS
+    if more > 0:
+        click.echo(f"\n... and {more} more violations")
+    click.echo("passed" if outcome.passed else f"FAILED: {len(outcome.violations)} violations")
+
+
+def _disturbances(outcome: Outcome, violation: Violation) -> list[dict[str, Any]]:
+    """The faults during the time that a violation is about."""
+    if not violation.calls:
+        return []
+    first, last = violation.calls[0].start_ns, max(call.end_ns for call in violation.calls)
+    return [
+        each
+        for window, each in zip(outcome.windows, _windows(outcome), strict=True)
+        if window.start_ns <= last and first <= window.end_ns
+    ]
+
+
+def _windows(outcome: Outcome) -> list[dict[str, Any]]:
+    origin = outcome.origin_ns
+    return [
+        {"what": each.what, "start_ms": (each.start_ns - origin) / _MS, "end_ms": (each.end_ns - origin) / _MS}
+        for each in outcome.windows
+    ]
+
+
+def _document(outcome: Outcome) -> dict[str, Any]:
+    verdict, origin = outcome.verdict, outcome.origin_ns
+    return {
+        "passed": outcome.passed,
+        "setup": outcome.setup._asdict() | {"seconds": outcome.seconds},
+        "promise": verdict.promise.value,
+        "calls": verdict.calls,
+        "disturbed": verdict.disturbed,
+        "reads": verdict.reads,
+        "writes": verdict.writes,
+        "registers": verdict.registers,
+        "staleness": verdict.staleness._asdict(),
+        "faults": _windows(outcome),
+        "violations": [
+            {
+                "where": each.where,
+                "reason": each.reason,
+                "calls": [
+                    call._asdict() | {"start_ns": call.start_ns - origin, "end_ns": call.end_ns - origin}
+                    for call in each.calls
+                ],
+            }
+            for each in outcome.violations
+        ],
+    }

@@ -1,0 +1,275 @@
+"""A daemon, guests and workers in processes of their own, in a temporary directory; and what can be done to them.
+
+1. Everything is started through the command line, as a user would.
+2. ``close`` leaves nothing behind, whatever happened before: no process, no mount, no file.
+3. While a guest has no mount, nothing may be mistaken for it: what lies beneath its mount point makes every path of the
+   workload fail with ENOTDIR, an error that no call gets otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple, Self
+
+from coherency.errors import CoherencyError
+from coherency.fuse import syscalls
+from coherency.fuse.mounts import mounts
+from coherency.sim.calls import ATTRIBUTE_FILES, DIRECTORIES, INITIAL_MODE, XATTR
+from coherency.sim.faults import Fault
+from coherency.sim.history import mtime_ns
+from coherency.sim.verdict import AUTO_TIMEOUT_NS, Window
+from coherency.sim.worker import Orders, prepare_groups
+
+START_TIMEOUT_S: Final = 30.0
+STOP_TIMEOUT_S: Final = 15.0
+RECOVERY_TIMEOUT_S: Final = 20.0
+_PROBE_EVERY_S: Final = 0.05
+_NAME: Final = "sim"
+_SECOND_NS: Final = 1_000_000_000
+_LOG_TAIL_BYTES: Final = 2000
+
+
+class Setup(NamedTuple):
+    """What is simulated."""
+
+    guests: int
+    workers: int  # of each guest, half of which (but at least one) mostly change things
+    groups: int
+    cache: str
+    seed: int
+    live_dangerously: bool
+
+
+class NotRecovered(CoherencyError):
+    """After a fault something did not work again in time. The catcher reports it like a broken promise."""
+
+
+class Machine:
+    """See the module. A context manager; not for several threads."""
+
+    def __init__(self, setup: Setup, tell: Callable[[str], None]) -> None:
+        self.setup, self._tell = setup, tell
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.workers: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        self.directory = Path(tempfile.mkdtemp(prefix="coherency-sim-"))
+        self.share = self.directory / "share"
+        self._groups = self.directory / "groups"
+        try:
+            self._prepare()
+            self._tell(f"starting a daemon and {self.setup.guests} guests (--cache {self.setup.cache}) ...")
+            self._serve()
+            for guest in range(self.setup.guests):
+                self._mount(guest)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _prepare(self) -> None:
+        for directory in DIRECTORIES:
+            (self.share / directory).mkdir(parents=True)
+        for path in ATTRIBUTE_FILES:
+            file = self.share / path
+            file.touch()
+            file.chmod(INITIAL_MODE)
+            os.setxattr(file, XATTR, b"0")
+            os.utime(file, ns=(0, mtime_ns(0)))
+        self._groups.mkdir()
+        prepare_groups(self._groups, self.setup.groups)
+        for guest in range(self.setup.guests):
+            self.mountpoint(guest).mkdir()
+            for directory in DIRECTORIES:  # rule 3
+                (self.mountpoint(guest) / directory).touch()
+
+    def inodes(self) -> dict[str, int]:
+        """Of the attribute files."""
+        return {path: (self.share / path).stat().st_ino for path in ATTRIBUTE_FILES}
+
+    def mountpoint(self, guest: int) -> Path:
+        return self.directory / f"guest{guest}"
+
+    # ---- daemon and agents ----
+
+    def _serve(self) -> None:
+        flags = ["--live-dangerously"] if self.setup.live_dangerously else []
+        self._start("daemon", "serve", str(self.share), "--name", _NAME, *flags)
+
+    def _mount(self, guest: int) -> None:
+        mode = self.setup.cache
+        timeout = ["--timeout", str(AUTO_TIMEOUT_NS / _SECOND_NS)] if mode == "auto" else []
+        name = f"guest{guest}"
+        self._start(name, "mount", _NAME, str(self.mountpoint(guest)), "--cache", mode, "--guest", name, *timeout)
+
+    def _start(self, who: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", "coherency", *arguments, "--runtime-dir", str(self.directory / "run")]
+        with open(self.directory / f"{who}.log", "ab") as log:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, start_new_session=True, env=_environment()
+            )  # fmt: skip
+        self._processes[who] = process
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT_S)
+        if not ready or not process.stdout.readline():
+            raise NotRecovered(f"'coherency {arguments[0]}' ({who}) did not start:\n{self.logged(who)}")
+
+    def logged(self, who: str) -> str:
+        """The end of what it wrote to standard error."""
+        return (self.directory / f"{who}.log").read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+
+    # ---- workers ----
+
+    def start_workers(self, until_ns: int) -> None:
+        setup = self.setup
+        total = setup.guests * setup.workers
+        for number in range(total):
+            guest, place = divmod(number, setup.workers)
+            orders = Orders(
+                mount=str(self.mountpoint(guest)),
+                share=str(self.share),
+                groups=str(self._groups),
+                record=str(self._record(number)),
+                current=str(self.directory / f"worker{number}.current"),
+                guest=guest,
+                worker=number,
+                workers=total,
+                group_count=setup.groups,
+                seed=f"{setup.seed}/{number}",
+                writes=place < max(setup.workers // 2, 1),
+                until_ns=until_ns,
+            )
+            name = f"worker{number}"
+            with open(self.directory / f"{name}.log", "wb") as log:
+                command = [sys.executable, "-m", "coherency.sim.worker", orders.to_json()]
+                self.workers[name] = subprocess.Popen(command, stderr=log, start_new_session=True, env=_environment())
+
+    def _record(self, number: int) -> Path:
+        return self.directory / f"worker{number}.record"
+
+    def finish_workers(self) -> list[str]:
+        """Wait until all have ended; returns what is wrong with those that did not."""
+        wrong = []
+        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        for name, process in self.workers.items():
+            try:
+                code = process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                busy = (self.directory / f"{name}.current").read_text().strip()
+                wrong.append(f"{name}: a call did not return: {busy}")
+                continue
+            if code:
+                wrong.append(f"{name} ended with {code}:\n{self.logged(name)}")
+        return wrong
+
+    def records(self) -> list[Path]:
+        return [path for number in range(len(self.workers)) if (path := self._record(number)).exists()]
+
+    # ---- faults ----
+
+    def inject(self, fault: Fault, wait: Callable[[float], object]) -> Window:
+        """Let it happen and mend it. Returns when everything works again; ``wait`` is given seconds.
+
+        Raises :class:`NotRecovered` if it does not.
+        """
+        start_ns = time.monotonic_ns()
+        whose = "daemon" if fault.guest is None else f"guest{fault.guest}"
+        process = self._processes[whose]
+        try:
+            if fault.kind.startswith("stop"):
+                process.send_signal(signal.SIGSTOP)
+                wait(fault.hold_ns / _SECOND_NS)
+                process.send_signal(signal.SIGCONT)
+            else:
+                process.send_signal(signal.SIGKILL if fault.kind.startswith("kill") else signal.SIGTERM)
+                self._reap(whose)
+                wait(fault.hold_ns / _SECOND_NS)
+                if fault.guest is None:
+                    self._serve()
+                else:
+                    self._mount(fault.guest)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+        for guest in range(self.setup.guests):
+            self._await_recovery(guest)
+        return Window(str(fault), fault.guest, start_ns, time.monotonic_ns())
+
+    def _reap(self, who: str) -> None:
+        process = self._processes.pop(who)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise NotRecovered(f"{who} did not end after SIGTERM:\n{self.logged(who)}") from None
+        finally:
+            if process.stdout is not None:
+                process.stdout.close()
+
+    def _await_recovery(self, guest: int) -> None:
+        """Until the guest can change something. On a thread: a call on a broken mount may never return."""
+        recovered = threading.Event()
+        probe = threading.Thread(target=self._probe, args=(guest, recovered), daemon=True)
+        probe.start()
+        if not recovered.wait(RECOVERY_TIMEOUT_S):
+            raise NotRecovered(
+                f"guest {guest} does not work again {RECOVERY_TIMEOUT_S:.0f} s after a fault:\n{self.logged(f'guest{guest}')}"
+            )
+        probe.join()
+
+    def _probe(self, guest: int, recovered: threading.Event) -> None:
+        directory = self.mountpoint(guest) / f"probe{guest}"
+        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                if not os.path.ismount(self.mountpoint(guest)):
+                    raise NotADirectoryError
+                with contextlib.suppress(FileExistsError):
+                    directory.mkdir()
+                directory.rmdir()
+            except OSError:
+                time.sleep(_PROBE_EVERY_S)
+            else:
+                recovered.set()
+                return
+
+    # ---- the end ----
+
+    def close(self) -> None:
+        """Rule 2. Safe to call twice."""
+        for process in (*self._processes.values(), *self.workers.values()):
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+        for process in self.workers.values():
+            process.kill()
+        for who in sorted(self._processes, reverse=True):  # the guests before the daemon
+            self._processes[who].terminate()
+            with contextlib.suppress(NotRecovered):
+                self._reap(who)
+        for mount in reversed(mounts()):
+            if Path(os.fsdecode(mount.path)).is_relative_to(self.directory.resolve()):
+                syscalls.umount(os.fsdecode(mount.path), syscalls.MNT_DETACH)
+        for process in self.workers.values():
+            process.wait()  # with its mount gone, nothing holds it any more
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _environment() -> dict[str, str]:
+    """The children run this very package, installed or not."""
+    package_parent = str(Path(__file__).resolve().parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))}

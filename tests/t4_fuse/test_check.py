@@ -1,0 +1,90 @@
+"""``coherency check``: nothing is late between coherent mounts, and what is late between others is found."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coherency.sim.litmus import TRIALS
+from tests.guests import Host
+
+
+@pytest.fixture(scope="module")
+def host(make_socket_dir: Callable[[], Path]) -> Iterator[Host]:
+    with Host(make_socket_dir()) as host:
+        yield host
+
+
+def check(*directories: Path, seconds: float = 0.5, bound: float = 2.0) -> tuple[int, dict[str, Any], str]:
+    run = subprocess.run(
+        [sys.executable, "-m", "coherency", "check", *map(str, directories), "--json",
+         f"--seconds={seconds}", f"--bound={bound}"],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    return run.returncode, json.loads(run.stdout) if run.stdout else {}, run.stderr
+
+
+def left_behind(host: Host) -> list[str]:
+    return [name for name in os.listdir(host.share) if "check" in name]
+
+
+def test_access_is_never_late(host: Host) -> None:
+    code, report, errors = check(host.mount("x1"), host.mount("x2"), host.export)
+    assert (code, report["late"]) == (0, 0), (report, errors)
+    assert set(report["operations"]) == {trial.name for trial in TRIALS}
+    assert all(each["looks"] >= 6 and not each["unsupported"] for each in report["operations"].values())
+    assert left_behind(host) == []
+
+
+def test_auto_is_late(host: Host) -> None:
+    code, report, _ = check(host.mount("t1", "auto", "--timeout", "0.3"), host.mount("t2", "auto", "--timeout", "0.3"))
+    assert code == 1
+    for name in ("chmod", "truncate", "mtime", "unlink", "rename"):
+        assert report["operations"][name]["late"] > 0, name
+        assert report["operations"][name]["never"] == 0, name
+        assert 0 < report["operations"][name]["max_ms"] < 2000, name
+    assert left_behind(host) == []
+
+
+def test_always_never_comes(host: Host) -> None:
+    code, report, _ = check(host.mount("l1", "always"), host.mount("l2", "always"), bound=0.5)
+    assert code == 1
+    assert report["operations"]["chmod"]["never"] == report["operations"]["chmod"]["looks"] > 0
+    assert left_behind(host) == []
+
+
+@pytest.fixture
+def bind_mount(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    directory, bound = tmp_path / "directory", tmp_path / "bound"
+    directory.mkdir()
+    bound.mkdir()
+    subprocess.run(["mount", "--bind", directory, bound], check=True)
+    try:
+        yield directory, bound
+    finally:
+        subprocess.run(["umount", bound], check=True)
+
+
+def test_bind_mounts_are_never_late(bind_mount: tuple[Path, Path]) -> None:
+    code, report, errors = check(*bind_mount)
+    assert (code, report["late"]) == (0, 0), (report, errors)
+    assert os.listdir(bind_mount[0]) == []
+
+
+def test_other_trees_are_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    code, _, errors = check(tmp_path / "a", tmp_path / "b", bound=0.2)
+    assert code == 2
+    assert "not the same tree" in errors
+    assert os.listdir(tmp_path / "a") == os.listdir(tmp_path / "b") == []
+    code, _, errors = check(tmp_path / "a", tmp_path / "a")
+    assert code == 2
+    assert "twice" in errors
+    assert check(tmp_path / "a")[0] == 2
+    assert check(tmp_path / "a", tmp_path / "none")[0] == 2
