@@ -12,20 +12,24 @@ _MS: Final = 1_000_000
 
 
 class FaultKind(NamedTuple):
-    """``of_guest``: whether it befalls one guest, or all at once. ``hold_ms``: for how long, from and to."""
+    """``of_guest``: whether it befalls one guest, or all. ``breaks``: whether calls may fail, rather than take longer.
+
+    ``hold_ms``: for how long, from and to.
+    """
 
     of_guest: bool
+    breaks: bool
     hold_ms: tuple[int, int]
     what: str
 
 
 # How long a stop lasts reaches to both sides of the time for which a silent daemon is trusted (a second).
 FAULTS: Final[dict[str, FaultKind]] = {
-    "kill-agent": FaultKind(True, (0, 500), "SIGKILL for a guest's agent; later it is mounted again"),
-    "stop-agent": FaultKind(True, (50, 2500), "SIGSTOP for a guest's agent, later SIGCONT"),
-    "kill-daemon": FaultKind(False, (0, 1500), "SIGKILL for the daemon; later it serves again"),
-    "restart-daemon": FaultKind(False, (0, 500), "SIGTERM for the daemon; later it serves again"),
-    "stop-daemon": FaultKind(False, (50, 2500), "SIGSTOP for the daemon, later SIGCONT"),
+    "kill-agent": FaultKind(True, True, (0, 500), "SIGKILL for a guest's agent; later it is mounted again"),
+    "stop-agent": FaultKind(True, False, (50, 2500), "SIGSTOP for a guest's agent, later SIGCONT"),
+    "kill-daemon": FaultKind(False, True, (0, 1500), "SIGKILL for the daemon; later it serves again"),
+    "restart-daemon": FaultKind(False, True, (0, 500), "SIGTERM for the daemon; later it serves again"),
+    "stop-daemon": FaultKind(False, False, (50, 2500), "SIGSTOP for the daemon, later SIGCONT"),
 }
 _PAUSE_MS: Final = (200, 2000)
 

@@ -36,6 +36,7 @@ from coherency.sim.names import (
     NOWHERE,
     PRESENT,
     SOMEWHERE,
+    UNKNOWN,
     Entry,
     Look,
     entry_look,
@@ -176,7 +177,8 @@ def _name_change(registers: defaultdict[Register, Accesses], tag: int, call: Cal
     if op in REMOVES:
         write(path, None)
     else:
-        write(other, call.source)
+        # A link is made to the inode that the guest's kernel believes in, whatever its name stands for by now.
+        write(other, call.source if certain or op != "link" else UNKNOWN)
         if op != "link":
             write(path, call.target if op == "rename-exchange" else None)
 

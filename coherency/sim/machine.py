@@ -26,7 +26,7 @@ from coherency.errors import CoherencyError
 from coherency.fuse import syscalls
 from coherency.fuse.mounts import mounts
 from coherency.sim.calls import ATTRIBUTE_FILES, DIRECTORIES, INITIAL_MODE, XATTR
-from coherency.sim.faults import Fault
+from coherency.sim.faults import FAULTS, Fault
 from coherency.sim.history import mtime_ns
 from coherency.sim.verdict import AUTO_TIMEOUT_NS, Window
 from coherency.sim.worker import Orders, prepare_groups
@@ -207,7 +207,7 @@ class Machine:
                 process.send_signal(signal.SIGCONT)
         for guest in range(self.setup.guests):
             self._await_recovery(guest)
-        return Window(str(fault), fault.guest, start_ns, time.monotonic_ns())
+        return Window(str(fault), fault.guest, start_ns, time.monotonic_ns(), FAULTS[fault.kind].breaks)
 
     def _reap(self, who: str) -> None:
         process = self._processes.pop(who)

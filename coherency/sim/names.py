@@ -27,6 +27,10 @@ class Entry(NamedTuple):
         return stat.S_ISDIR(self.mode)
 
 
+# There is something, and nobody knows what.
+UNKNOWN: Final = Entry(-1)
+
+
 class Look(NamedTuple):
     """What a call told of a name."""
 
@@ -76,4 +80,4 @@ _AGREES: Final[dict[str, Callable[[Look, Entry | None], bool]]] = {
 
 def agrees(look: Look, entry: Entry | None) -> bool:
     """Whether who saw this may have looked at that."""
-    return _AGREES[look.kind](look, entry)
+    return look != MISSING if entry is UNKNOWN else _AGREES[look.kind](look, entry)

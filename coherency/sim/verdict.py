@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
+from coherency.sim.calls import RENAMES
 from coherency.sim.checker import (
     Finding,
     Read,
@@ -57,15 +58,17 @@ PROMISES: Final[dict[str, Promise]] = {
 
 
 class Window(NamedTuple):
-    """When a fault disturbed whom (None: everybody), until everything worked again."""
+    """When a fault disturbed whom (None: everybody), until everything worked again. ``breaks``: see ``faults``."""
 
     what: str
     guest: int | None
     start_ns: int
     end_ns: int
+    breaks: bool = True
 
     def excuses(self, call: Call) -> bool:
-        return self.guest in (None, call.guest) and self.start_ns <= call.end_ns and call.start_ns <= self.end_ns
+        concerns = self.breaks and self.guest in (None, call.guest)
+        return concerns and self.start_ns <= call.end_ns and call.start_ns <= self.end_ns
 
 
 class Violation(NamedTuple):
@@ -119,7 +122,7 @@ def judge(
     for register, each in registers.items():
         ages = _staleness(register, each)
         stale += [age for age in ages if age]
-        finding = _FINDERS[promise](register, each, ages, bound_ns)
+        finding = _FINDERS[promise](register, each, ages, bound_ns, calls)
         if finding is not None:
             violations.append(_violation(register, finding, calls))
     return Verdict(
@@ -140,15 +143,19 @@ def _staleness(register: Register, each: Accesses) -> list[int | None]:
     return staleness_of_unique(each.writes, each.reads)
 
 
-def _linearizable(register: Register, each: Accesses, _ages: list[int | None], _bound_ns: int) -> Finding | None:
+def _linearizable(register: Register, each: Accesses, *_: object) -> Finding | None:
     if register.what == NAME:
         return check_ordered(each.writes, each.reads, agrees)
     return check_unique(each.writes, each.reads)
 
 
-def _bounded(register: Register, each: Accesses, ages: list[int | None], bound_ns: int) -> Finding | None:
+def _bounded(
+    register: Register, each: Accesses, ages: list[int | None], bound_ns: int, calls: Sequence[Call]
+) -> Finding | None:
     for read, age in zip(each.reads, ages, strict=True):
         if age is None:
+            if _is_misled(each.writes, read, bound_ns, calls):
+                continue
             return Finding("saw what was never there", (read,))
         if age > bound_ns:
             current = [write for write in each.writes if write.start_ns <= read.start_ns - age][-1:]
@@ -159,12 +166,28 @@ def _bounded(register: Register, each: Accesses, ages: list[int | None], bound_n
     return None
 
 
+def _is_misled(writes: Sequence[Write], read: Read, bound_ns: int, calls: Sequence[Call]) -> bool:
+    """Whether the guest itself had just renamed something to or from this name.
+
+    Its kernel then has under the new name what it believed to be under the old one, which may never have been there.
+    """
+    return any(
+        write.start_ns <= read.end_ns
+        and read.start_ns <= write.end_ns + bound_ns
+        and calls[write.tag].step.op in RENAMES
+        and calls[write.tag].guest == calls[read.tag].guest
+        for write in writes
+        if write.tag >= 0
+    )
+
+
 def _last_written(register: Register, writes: Sequence[Write], read: Read) -> list[Write]:
     matches: Callable[[Any, Any], bool] = agrees if register.what == NAME else (lambda seen, value: bool(seen == value))
     return [write for write in writes if write.start_ns <= read.end_ns and matches(read.seen, write.value)][-1:]
 
 
-_FINDERS: Final[dict[Promise, Callable[[Register, Accesses, list[int | None], int], Finding | None]]] = {
+_Finder: TypeAlias = Callable[[Register, Accesses, list[int | None], int, Sequence[Call]], Finding | None]
+_FINDERS: Final[dict[Promise, _Finder]] = {
     Promise.LINEARIZABLE: _linearizable,
     Promise.BOUNDED: _bounded,
     Promise.NOTHING: lambda *_: None,
