@@ -16,7 +16,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 32
 
 .PHONY: demo
 demo: venv ## set up everything and show two guests on one directory
@@ -34,6 +34,10 @@ lint: venv ## ruff, and mypy in strict mode
 .PHONY: bench
 bench: venv ## nanoseconds per stat in each mode, and trips to the host
 	@.venv/bin/python benchmarks/hit_path.py $(ARGS)
+
+.PHONY: bench-fuse-libraries
+bench-fuse-libraries: venv ## one FUSE request through coherency.fuse, pyfuse3 and mfusepy (installs them under build/)
+	@.venv/bin/python benchmarks/fuse_libraries.py $(ARGS)
 
 .PHONY: clean
 clean: ## remove everything that the other targets made
