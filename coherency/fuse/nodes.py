@@ -14,7 +14,7 @@
 4. Descriptors are bounded: the first ``descriptor_limit`` nodes hold one (O_PATH), the others are opened for each use,
    by file handle where the file system has them, else along the names they were last seen under (and only if that
    leads to the same inode; otherwise ESTALE, upon which the kernel looks the path up again). Handles are the root's file
-   system's; on others, mounted further down, names are the way.
+   system's; on others, mounted further down, names are the way. What is open is reached by its open file before its name.
 5. After :meth:`NodeStore.rebase` (the tree was mounted anew) every node is reached by its names again.
 """
 
@@ -56,7 +56,7 @@ def descriptor_budget() -> int:
 class Node:
     """One inode that the kernel knows. ``ino`` is the number that guests see, ``key`` the (device, inode) underneath."""
 
-    __slots__ = ("fd", "handle", "id", "ino", "is_directory", "key", "kind", "lookups", "name", "parent")
+    __slots__ = ("fd", "handle", "id", "ino", "is_directory", "key", "kind", "lent", "lookups", "name", "parent")
 
     def __init__(self, node_id: NodeId, ino: HostInode, key: tuple[int, int], mode: int) -> None:
         self.id, self.ino, self.key = node_id, ino, key
@@ -64,6 +64,7 @@ class Node:
         self.is_directory = self.kind == stat.S_IFDIR
         self.fd = -1
         self.handle: bytes | None = None
+        self.lent: list[int] = []  # descriptors of open files
         self.lookups = 0
         self.parent: Node | None = None
         self.name = b""
@@ -252,6 +253,17 @@ class NodeStore:
             if node:
                 node.parent, node.name = parent, name
 
+    def lend(self, node: Node, fd: int) -> None:
+        """``fd`` is an open file of the node: a way to it also when it has no name any more. Until ``take_back``."""
+        with self._lock:
+            node.lent.append(fd)
+
+    def take_back(self, node: Node, fd: int) -> None:
+        """``fd`` is about to be closed; nothing happens if it is not lent."""
+        with self._lock:
+            if fd in node.lent:
+                node.lent.remove(fd)
+
     def open(self, node: Node) -> Borrowed:
         """A descriptor (O_PATH) of the node; ESTALE if it cannot be reached any more."""
         fd = node.fd
@@ -296,7 +308,8 @@ class NodeStore:
             except OSError as error:
                 if error.errno not in (errno.ESTALE, errno.EPERM):
                     raise
-        return -1
+        with self._lock:
+            return os.dup(node.lent[-1]) if node.lent else -1
 
     def rebase(self, root: int) -> list[int]:
         """The same tree, mounted anew and opened as ``root``: nodes are reached through it from now on.
@@ -318,6 +331,7 @@ class NodeStore:
                 if node.fd >= 0:
                     abandoned.append(node.fd)
                 node.fd, node.handle, node.key = -1, None, (status.st_dev, node.key[1])
+                node.lent.clear()
             self._mount_fd, self.root.fd, self._descriptors = root, new_root, 1
             self.root_device = status.st_dev
             self._by_key = {node.key: node for node in self._nodes.values()}

@@ -124,9 +124,7 @@ class FileOperations(Tree):
         return ()
 
     def release(self, request: Request) -> Reply:
-        file = self._files.pop(request.body.fh, None)
-        if file is not None:
-            file.close()
+        self.remove_file(request.body.fh)
         return ()
 
     def fsync(self, request: Request) -> Reply:

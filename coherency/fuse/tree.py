@@ -161,7 +161,17 @@ class Tree:
     def add_file(self, file: OpenFile) -> int:
         fh = self._next_fh()
         self._files[fh] = file
+        if file.node.fd < 0 <= file.fd:
+            self.nodes.lend(file.node, file.fd)
         return fh
+
+    def remove_file(self, fh: int) -> None:
+        """Forget it and close it; nothing happens if there is none."""
+        file = self._files.pop(fh, None)
+        if file is not None:
+            if file.node.lent:
+                self.nodes.take_back(file.node, file.fd)
+            file.close()
 
     def open_node(self, node: Node, file: OpenFile | None) -> Borrowed:
         """A descriptor of the node; that of an open file of it, if there is one, since it may have no name any more."""

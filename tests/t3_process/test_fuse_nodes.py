@@ -300,6 +300,31 @@ def test_cycle_of_names_ends(nameful: NodeStore, tmp_path: Path) -> None:
         status(nameful, a)
 
 
+def test_open_file_is_a_way_to_a_node_without_a_name(nameful: NodeStore, tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    node = look_up(nameful, nameful.root, "a")
+    file = os.open(tmp_path / "a", os.O_RDONLY)
+    (tmp_path / "a").unlink()
+    nameful.lend(node, file)
+    assert status(nameful, node).st_nlink == 0
+    nameful.take_back(node, file)
+    nameful.take_back(node, file)
+    os.close(file)
+    with pytest.raises(OSError, match="not at its name"):
+        status(nameful, node)
+
+
+def test_open_file_of_the_former_tree_is_none(nameful: NodeStore, tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    node = look_up(nameful, nameful.root, "a")
+    file = os.open(tmp_path / "a", os.O_RDONLY)
+    nameful.lend(node, file)
+    for fd in (*nameful.rebase(open_root(tmp_path)), file):
+        os.close(fd)
+    assert status(nameful, node).st_ino == node.ino
+    nameful.take_back(node, file)
+
+
 def test_handle_survives_a_rename(crowded: NodeStore, tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     node = look_up(crowded, crowded.root, "a")
