@@ -1,5 +1,7 @@
 """`TableWriter`: what the words are after each step, and that nothing makes an odd word even too early."""
 
+import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
@@ -236,31 +238,52 @@ def test_a_word_left_odd_by_an_interrupt_is_not_made_even_by_the_next_begin(writ
     writer.check()
 
 
-def test_begin_and_end_from_many_threads_lose_no_count(writer: TableWriter) -> None:
-    rounds, threads = 400, 6
+ROUNDS, THREADS = 400, 6
+
+
+def hammer(writer: TableWriter) -> list[str]:
+    """Let threads begin and end changes of a slot they share and one of their own; return what they saw go wrong."""
     wrong: list[str] = []
-    start = threading.Barrier(threads)
+    start = threading.Barrier(THREADS)
 
     def work(own: SlotIndex) -> None:
         start.wait()
-        for _ in range(rounds):
-            slots = (SlotIndex(0), own)
-            writer.begin(slots)
-            if not (version(writer, SlotIndex(0)) & 1 and version(writer, own) & 1):
-                wrong.append(f"even while slot {own} was in flight")
-            writer.end(slots)
+        slots = (SlotIndex(0), own)
+        for _ in range(ROUNDS):
+            try:
+                writer.begin(slots)
+                if not (version(writer, SlotIndex(0)) & 1 and version(writer, own) & 1):
+                    wrong.append(f"even while slot {own} was in flight")
+                writer.end(slots)
+            except (ValueError, KeyError) as error:
+                wrong.append(str(error))
             if version(writer, own) & 1:
                 wrong.append(f"slot {own} odd after its only change ended")
 
-    workers = [threading.Thread(target=work, args=(SlotIndex(1 + n),)) for n in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
-    assert writer.statistics()[:2] == (2 * rounds * threads, 0)
-    assert [version(writer, SlotIndex(1 + n)) for n in range(threads)] == [2 * rounds] * threads
+    workers = [threading.Thread(target=work, args=(SlotIndex(1 + n),)) for n in range(THREADS)]
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(interval_s)
+    return wrong
+
+
+def test_begin_and_end_from_many_threads_lose_no_count(writer: TableWriter) -> None:
+    assert hammer(writer) == []
+    assert writer.statistics()[:2] == (2 * ROUNDS * THREADS, 0)
+    assert [version(writer, SlotIndex(1 + n)) for n in range(THREADS)] == [2 * ROUNDS] * THREADS
     writer.check()
+
+
+def test_without_the_lock_the_same_threads_go_wrong(writer: TableWriter) -> None:
+    """Control: the test above would notice a lock that does not lock."""
+    writer._lock = contextlib.nullcontext()  # type: ignore[assignment]
+    assert any(hammer(writer) for _ in range(20))
 
 
 # --- epoch, state, heartbeat --------------------------------------------------------------------------------------
