@@ -12,24 +12,27 @@ _MS: Final = 1_000_000
 
 
 class FaultKind(NamedTuple):
-    """``of_guest``: whether it befalls one guest, or all. ``breaks``: whether calls may fail, rather than take longer.
+    """``of_guest``: whether one guest is chosen for it. ``breaks``: whose calls may fail, rather than take longer.
 
     ``hold_ms``: for how long, from and to.
     """
 
     of_guest: bool
-    breaks: bool
+    breaks: str  # nobody, guest or all
     hold_ms: tuple[int, int]
     what: str
 
 
 # How long a stop lasts reaches to both sides of the time for which a silent daemon is trusted (a second).
 FAULTS: Final[dict[str, FaultKind]] = {
-    "kill-agent": FaultKind(True, True, (0, 500), "SIGKILL for a guest's agent; later it is mounted again"),
-    "stop-agent": FaultKind(True, False, (50, 2500), "SIGSTOP for a guest's agent, later SIGCONT"),
-    "kill-daemon": FaultKind(False, True, (0, 1500), "SIGKILL for the daemon; later it serves again"),
-    "restart-daemon": FaultKind(False, True, (0, 500), "SIGTERM for the daemon; later it serves again"),
-    "stop-daemon": FaultKind(False, False, (50, 2500), "SIGSTOP for the daemon, later SIGCONT"),
+    "kill-agent": FaultKind(True, "guest", (0, 500), "SIGKILL for a guest's agent; later it is mounted again"),
+    "stop-agent": FaultKind(True, "nobody", (50, 2500), "SIGSTOP for a guest's agent, later SIGCONT"),
+    "kill-daemon": FaultKind(False, "all", (0, 1500), "SIGKILL for the daemon; later it serves again"),
+    "kill-daemon-unnoticed": FaultKind(
+        True, "all", (0, 1500), "likewise while a guest's agent is stopped, which goes on with a table that nobody serves"
+    ),
+    "restart-daemon": FaultKind(False, "all", (0, 500), "SIGTERM for the daemon; later it serves again"),
+    "stop-daemon": FaultKind(False, "nobody", (50, 2500), "SIGSTOP for the daemon, later SIGCONT"),
 }
 _PAUSE_MS: Final = (200, 2000)
 

@@ -18,9 +18,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self, TypeAlias
 
 from coherency.errors import CoherencyError
 from coherency.fuse import syscalls
@@ -38,6 +38,7 @@ _PROBE_EVERY_S: Final = 0.05
 _NAME: Final = "sim"
 _SECOND_NS: Final = 1_000_000_000
 _LOG_TAIL_BYTES: Final = 2000
+_Hold: TypeAlias = Callable[[], object]
 
 
 class Setup(NamedTuple):
@@ -108,12 +109,12 @@ class Machine:
 
     def _serve(self) -> None:
         flags = ["--live-dangerously"] if self.setup.live_dangerously else []
-        self._start("daemon", "serve", str(self.share), "--name", _NAME, *flags)
+        self._start(_who(None), "serve", str(self.share), "--name", _NAME, *flags)
 
     def _mount(self, guest: int) -> None:
         mode = self.setup.cache
         timeout = ["--timeout", str(AUTO_TIMEOUT_NS / _SECOND_NS)] if mode == "auto" else []
-        name = f"guest{guest}"
+        name = _who(guest)
         self._start(name, "mount", _NAME, str(self.mountpoint(guest)), "--cache", mode, "--guest", name, *timeout)
 
     def _start(self, who: str, *arguments: str) -> None:
@@ -187,27 +188,48 @@ class Machine:
         Raises :class:`NotRecovered` if it does not.
         """
         start_ns = time.monotonic_ns()
-        whose = "daemon" if fault.guest is None else f"guest{fault.guest}"
-        process = self._processes[whose]
-        try:
-            if fault.kind.startswith("stop"):
-                process.send_signal(signal.SIGSTOP)
-                wait(fault.hold_ns / _SECOND_NS)
-                process.send_signal(signal.SIGCONT)
-            else:
-                process.send_signal(signal.SIGKILL if fault.kind.startswith("kill") else signal.SIGTERM)
-                self._reap(whose)
-                wait(fault.hold_ns / _SECOND_NS)
-                if fault.guest is None:
-                    self._serve()
-                else:
-                    self._mount(fault.guest)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-        for guest in range(self.setup.guests):
+        self._inject(fault.kind, fault.guest, lambda: wait(fault.hold_ns / _SECOND_NS))
+        everybody = range(self.setup.guests)
+        for guest in everybody:
             self._await_recovery(guest)
-        return Window(str(fault), fault.guest, start_ns, time.monotonic_ns(), FAULTS[fault.kind].breaks)
+        broken = {"nobody": (), "guest": (fault.guest,), "all": everybody}[FAULTS[fault.kind].breaks]
+        return Window(str(fault), start_ns, time.monotonic_ns(), tuple(guest for guest in broken if guest is not None))
+
+    def _inject(self, kind: str, guest: int | None, hold: _Hold) -> None:
+        match kind:
+            case "stop-agent" | "stop-daemon":
+                with self._stopped(guest):
+                    hold()
+            case "kill-agent" | "kill-daemon":
+                self._start_again(guest, hold, signal.SIGKILL)
+            case "restart-daemon":
+                self._start_again(guest, hold, signal.SIGTERM)
+            case "kill-daemon-unnoticed":
+                with self._stopped(guest):
+                    self._start_again(None, lambda: None, signal.SIGKILL)
+                    hold()
+            case _:
+                raise ValueError(f"nobody knows how to {kind}")
+
+    @contextlib.contextmanager
+    def _stopped(self, guest: int | None) -> Iterator[None]:
+        """SIGSTOP for a guest's agent, or the daemon, for the length of the block."""
+        process = self._processes[_who(guest)]
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+    def _start_again(self, guest: int | None, hold: _Hold, number: int) -> None:
+        """After a signal that ends a guest's agent, or the daemon."""
+        self._processes[_who(guest)].send_signal(number)
+        self._reap(_who(guest))
+        hold()
+        if guest is None:
+            self._serve()
+        else:
+            self._mount(guest)
 
     def _reap(self, who: str) -> None:
         process = self._processes.pop(who)
@@ -228,7 +250,7 @@ class Machine:
         probe.start()
         if not recovered.wait(RECOVERY_TIMEOUT_S):
             raise NotRecovered(
-                f"guest {guest} does not work again {RECOVERY_TIMEOUT_S:.0f} s after a fault:\n{self.logged(f'guest{guest}')}"
+                f"guest {guest} does not work again {RECOVERY_TIMEOUT_S:.0f} s after a fault:\n{self.logged(_who(guest))}"
             )
         probe.join()
 
@@ -267,6 +289,11 @@ class Machine:
         for process in self.workers.values():
             process.wait()  # with its mount gone, nothing holds it any more
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _who(guest: int | None) -> str:
+    """The name of a guest's agent, or of the daemon."""
+    return "daemon" if guest is None else f"guest{guest}"
 
 
 def _environment() -> dict[str, str]:

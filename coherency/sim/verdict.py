@@ -58,17 +58,15 @@ PROMISES: Final[dict[str, Promise]] = {
 
 
 class Window(NamedTuple):
-    """When a fault disturbed whom (None: everybody), until everything worked again. ``breaks``: see ``faults``."""
+    """From a fault until everything worked again. ``guests``: whose calls may have failed meanwhile."""
 
     what: str
-    guest: int | None
     start_ns: int
     end_ns: int
-    breaks: bool = True
+    guests: tuple[int, ...]
 
     def excuses(self, call: Call) -> bool:
-        concerns = self.breaks and self.guest in (None, call.guest)
-        return concerns and self.start_ns <= call.end_ns and call.start_ns <= self.end_ns
+        return call.guest in self.guests and self.start_ns <= call.end_ns and call.start_ns <= self.end_ns
 
 
 class Violation(NamedTuple):

@@ -235,13 +235,12 @@ def test_inode_number_used_again_with_old_attributes_is_found() -> None:
 def test_errors_need_a_fault_of_that_time_and_guest() -> None:
     broken = [call(10, "stat", SIZED, error=errno.ENOTCONN, guest=1)]
     assert len(verdict(broken).violations) == 1
-    assert verdict(broken, windows=[Window("x", 1, 5 * MS, 10 * MS)]).violations == ()
-    assert verdict(broken, windows=[Window("x", None, 5 * MS, 10 * MS)]).violations == ()
-    assert len(verdict(broken, windows=[Window("x", 0, 5 * MS, 10 * MS)]).violations) == 1
-    assert len(verdict(broken, windows=[Window("x", 1, 5 * MS, 9 * MS)]).violations) == 1
-    assert len(verdict(broken, windows=[Window("x", 1, 5 * MS, 10 * MS, breaks=False)]).violations) == 1
+    assert verdict(broken, windows=[Window("x", 5 * MS, 10 * MS, (1,))]).violations == ()
+    assert verdict(broken, windows=[Window("x", 5 * MS, 10 * MS, (0, 1))]).violations == ()
+    for window in (Window("x", 5 * MS, 10 * MS, (0,)), Window("x", 5 * MS, 9 * MS, (1,)), Window("x", 5 * MS, 10 * MS, ())):
+        assert len(verdict(broken, windows=[window]).violations) == 1
     lost = [call(10, "unlink", "d0/x", error=LOST, source=FILE)]
-    assert len(verdict(lost, windows=[Window("x", None, 0, 100 * MS)]).violations) == 1
+    assert len(verdict(lost, windows=[Window("x", 0, 100 * MS, (0,))]).violations) == 1
 
 
 def test_auto_may_be_stale_for_its_timeout() -> None:
