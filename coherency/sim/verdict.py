@@ -89,7 +89,7 @@ class Staleness(NamedTuple):
 
 class Verdict(NamedTuple):
     promise: Promise
-    violations: tuple[Violation, ...]  # the shortest first
+    violations: tuple[Violation, ...]  # what was seen, the shortest history first; then errors
     calls: int
     disturbed: int  # calls that a fault excuses
     reads: int  # of registers
@@ -107,13 +107,13 @@ def judge(
     """Check everything. ``windows``: the faults; an unexplained error outside of them breaks a linearizable mode."""
     registers = accesses(calls, initial)
     disturbed = [call for call in calls if call.is_disturbed]
-    violations = []
+    violations, errors = [], []
     if promise is Promise.LINEARIZABLE:  # in the others a kernel that believes in what is gone makes odd errors, too
         for call in disturbed:
             if call.error == LOST:
-                violations.append(Violation(call.step.path, "a success that the share does not show", (call,)))
+                errors.append(Violation(call.step.path, "a success that the share does not show", (call,)))
             elif not any(window.excuses(call) for window in windows):
-                violations.append(Violation(call.step.path, "an error without a cause", (call,)))
+                errors.append(Violation(call.step.path, "an error without a cause", (call,)))
     # An answer of the cache was fetched by an earlier call of that guest, and no call took longer than the longest one.
     bound_ns = AUTO_TIMEOUT_NS + _TICK_NS + max((call.end_ns - call.start_ns for call in calls), default=0)
     stale: list[int] = []
@@ -125,7 +125,7 @@ def judge(
             violations.append(_violation(register, finding, calls))
     return Verdict(
         promise,
-        tuple(sorted(violations, key=lambda each: len(each.calls))),
+        (*sorted(violations, key=lambda each: len(each.calls)), *errors),
         len(calls),
         len(disturbed),
         sum(len(each.reads) for each in registers.values()),

@@ -1,0 +1,43 @@
+"""What docs/simulator.md says of faults, calls, promises and options is so."""
+
+import re
+from pathlib import Path
+
+from coherency.cli_check import check_command
+from coherency.cli_simulate import simulate_command
+from coherency.sim.calls import ANSWERS
+from coherency.sim.faults import FAULTS
+from coherency.sim.litmus import DEFAULT_BOUND_S
+from coherency.sim.verdict import AUTO_TIMEOUT_NS, PROMISES
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs/simulator.md").read_text()
+
+
+def rows(section: str) -> list[list[str]]:
+    """The cells of the table below a heading."""
+    text = TEXT.partition(f"\n### {section}\n")[2].partition("\n#")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+
+
+def test_faults() -> None:
+    assert rows("Faults") == [[f"`{name}`", kind.what] for name, kind in FAULTS.items()]
+
+
+def test_promises() -> None:
+    modes = [mode for row in rows("What is checked") for mode in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(modes) == sorted(PROMISES)
+    assert f"the timeout ({AUTO_TIMEOUT_NS // 10**9} s)" in TEXT
+
+
+def test_calls() -> None:
+    section = TEXT.partition("### What the workers do")[2].partition("\n#")[0]
+    for op in ANSWERS:
+        spelled = {"create": "O_CREAT", "rename-noreplace": "RENAME_NOREPLACE", "rename-exchange": "RENAME_EXCHANGE"}.get(op, op)
+        assert spelled in section, op
+
+
+def test_options() -> None:
+    known = {option for command in (simulate_command, check_command) for each in command.params for option in each.opts}
+    used = {word for line in re.findall(r"^    coherency .*|`--[a-z-]+", TEXT, re.MULTILINE) for word in re.findall(r"--[a-z-]+", line)}
+    assert used <= known | {"--timeout"}
+    assert f"`--bound` ({DEFAULT_BOUND_S:g} s)" in TEXT
