@@ -14,6 +14,7 @@ from typing import Any, Self
 from coherency.guest_agent.api import GuestAgent
 from coherency.guest_agent.client import fetch_status
 
+ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
 
@@ -21,11 +22,16 @@ STOP_TIMEOUT_S = 30.0
 class Program:
     """``coherency ARGUMENTS``, ready when the constructor returns. Standard error goes to a file."""
 
-    def __init__(self, log: Path, *arguments: str | os.PathLike[str], **environment: str) -> None:
+    def __init__(
+        self, log: Path, *arguments: str | os.PathLike[str], doom: tuple[str, int] | None = None, **environment: str
+    ) -> None:
+        """``doom``: where and when it kills itself, see ``tests.doomed``."""
         self.log = log
+        module = ["coherency"] if doom is None else ["tests.doomed", doom[0], str(doom[1])]
+        environment = {"PYTHONPATH": str(ROOT)} | environment
         with open(log, "ab") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "coherency", *(os.fspath(each) for each in arguments)],
+                [sys.executable, "-m", *module, *(os.fspath(each) for each in arguments)],
                 stdout=subprocess.PIPE, stderr=errors, start_new_session=True, env=os.environ | environment,
             )  # fmt: skip
         assert self.process.stdout is not None
@@ -56,6 +62,11 @@ class Program:
         self.process.wait(STOP_TIMEOUT_S)
         self._close()
 
+    def wait_until_killed(self) -> None:
+        """Of a doomed one."""
+        assert self.process.wait(STOP_TIMEOUT_S) == -signal.SIGKILL, self.logged()
+        self._close()
+
     def _close(self) -> None:
         if self.process.stdout is not None:
             self.process.stdout.close()
@@ -83,21 +94,24 @@ class Host:
             for guest in self.guests.values():
                 undo.callback(guest.stop)
 
-    def serve(self) -> None:
+    def serve(self, *, doom: tuple[str, int] | None = None) -> None:
         """Start the daemon (again)."""
         self.daemon = Program(
             self.directory / "serve.log",
-            "serve", self.share, "--name", self.name, "--runtime-dir", self.runtime_dir, *self.serve_options,
+            "serve", self.share, "--name", self.name, "--runtime-dir", self.runtime_dir, *self.serve_options, doom=doom,
         )  # fmt: skip
 
-    def mount(self, guest: str, cache: str = "access", *options: str) -> Path:
-        """Mount a guest; returns where."""
+    def mount(self, guest: str, cache: str = "access", *options: str, doom: tuple[str, int] | None = None) -> Path:
+        """Mount a guest (again); returns where."""
         mountpoint = self.directory / guest
-        mountpoint.mkdir(exist_ok=True)
+        with contextlib.suppress(
+            FileExistsError
+        ):  # asked of the system, since the mount of a killed guest answers nothing
+            os.mkdir(mountpoint)
         self.guests[guest] = Program(
             self.directory / f"{guest}.log",
             "mount", self.name, mountpoint, "--cache", cache, "--guest", guest, "--runtime-dir", self.runtime_dir,
-            *options,
+            *options, doom=doom,
         )  # fmt: skip
         return mountpoint
 

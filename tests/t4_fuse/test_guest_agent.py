@@ -77,8 +77,8 @@ def agent(host: Host) -> Iterator[GuestAgent]:
 
 
 def status(found: os.stat_result) -> tuple[Any, ...]:
-    """All of it, but the device and the time of the last access."""
-    fields = ("mode", "ino", "nlink", "uid", "gid", "size", "mtime_ns", "ctime_ns", "blocks", "blksize", "rdev")
+    """All that is kept coherent: not the time of the last access, nor the blocks that are allocated later."""
+    fields = ("mode", "ino", "nlink", "uid", "gid", "size", "mtime_ns", "ctime_ns", "blksize", "rdev")
     return tuple(getattr(found, f"st_{field}") for field in fields)
 
 
