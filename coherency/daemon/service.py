@@ -87,10 +87,10 @@ class Service:
             # A name given free before would be a clean one to the next daemon, which would not wait for the rest.
             undo.callback(_wait_until, hold_until_ns)
             self._hand_to_group(directory.path)
-            memory = self._make_memory()
+            memory, table = self._make_table()
+            self.table = table
             undo.callback(memory.close)
             undo.callback(memory.unlink)
-            table = self.table = self._make_table(memory)
             os.symlink(memory.path, directory.table)
             self.changes = Changes(table, hold_until_ns=hold_until_ns, live_dangerously=options.live_dangerously)
             export = self.export = Export(share, self.changes, descriptor_limit=descriptor_budget())
@@ -126,22 +126,30 @@ class Service:
         if self.options.gid is not None:
             os.chown(path, -1, self.options.gid)
 
+    def _make_table(self) -> tuple[OwnedMemory, TableWriter]:
+        """Fresh memory with a table, or the one that a killed predecessor left under a stable name."""
+        memory = self._make_memory()
+        try:
+            if memory.existed:
+                try:
+                    return memory, TableWriter.adopt(memory.words)
+                except TableError as error:  # its owner was killed while formatting it: nobody ever served from it
+                    log.warning("%s is made anew: %s", memory.path, error)
+                    memory.unlink()
+                    memory.close()
+                    memory = self._make_memory()
+            table_id = (secrets.randbits(64), secrets.randbits(64))
+            slot_count = self.options.slot_count
+            return memory, TableWriter.create(memory.words, slot_count=slot_count, table_id=table_id)
+        except BaseException:
+            memory.close()
+            raise
+
     def _make_memory(self) -> OwnedMemory:
         size = bytes_needed(self.options.slot_count)
         if self.options.posix_table:
             return create_posix(f"/coherency-{self.options.name}", size, gid=self.options.gid)
         return create_memfd(f"coherency-{self.options.name}", size)
-
-    def _make_table(self, memory: OwnedMemory) -> TableWriter:
-        if memory.existed:
-            try:
-                return TableWriter.adopt(memory.words)
-            except TableError as error:
-                raise UsageError(
-                    f"{memory.path} exists and is no version table ({error}); remove it if nobody uses it"
-                ) from error
-        table_id = (secrets.randbits(64), secrets.randbits(64))
-        return TableWriter.create(memory.words, slot_count=self.options.slot_count, table_id=table_id)
 
     def _beat(self) -> None:
         while not self._stop_beating.wait(HEARTBEAT_PERIOD_NS / _SECOND_NS):
