@@ -41,9 +41,9 @@ def check_command(directories: tuple[Path, ...], seconds: float, bound: float, a
     coherency check /mnt/a /mnt/b
     coherency check /mnt/a /mnt/b /mnt/c --seconds 30 --json
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with errors_as_messages():
         litmus = Litmus(directories, bound_s=bound)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         litmus.run(seconds, lambda text: click.echo(text, err=True))
     late = sum(tally.late for tally in litmus.tallies.values())
     if as_json:

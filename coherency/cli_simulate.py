@@ -51,10 +51,10 @@ def simulate_command(
     coherency simulate --cache auto --faults stop-agent,kill-daemon --json
     coherency simulate --live-dangerously          # see it find what is wrong
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     seed = secrets.randbelow(_SEEDS) if seed is None else seed
     with errors_as_messages():
         kinds = parse_faults(faults)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         setup = Setup(guests, workers, GROUPS_PER_GUEST * guests, cache, seed, live_dangerously)
         outcome = simulate(setup, seconds, kinds, lambda text: click.echo(text, err=True))
     if as_json:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from coherency.sim.litmus import TRIALS
+from coherency.cli import main
+from coherency.errors import UsageError
+from coherency.sim.litmus import TRIALS, Litmus
 from tests.guests import Host
 
 
@@ -79,12 +82,15 @@ def test_bind_mounts_are_never_late(bind_mount: tuple[Path, Path]) -> None:
 def test_other_trees_are_refused(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-    code, _, errors = check(tmp_path / "a", tmp_path / "b", bound=0.2)
-    assert code == 2
-    assert "not the same tree" in errors
+    with pytest.raises(UsageError, match="not the same tree"):
+        Litmus([tmp_path / "a", tmp_path / "b"], bound_s=0.1).run(0, lambda text: None)
     assert os.listdir(tmp_path / "a") == os.listdir(tmp_path / "b") == []
-    code, _, errors = check(tmp_path / "a", tmp_path / "a")
-    assert code == 2
-    assert "twice" in errors
-    assert check(tmp_path / "a")[0] == 2
-    assert check(tmp_path / "a", tmp_path / "none")[0] == 2
+
+
+def test_wrong_usage(tmp_path: Path) -> None:
+    for directories, says in [
+        ([tmp_path], "two or more"), ([tmp_path, tmp_path], "given twice"), ([tmp_path, tmp_path / "no"], "does not exist"),
+    ]:  # fmt: skip
+        result = CliRunner().invoke(main, ["check", *map(str, directories)])
+        assert result.exit_code == 2
+        assert says in result.output

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from coherency.cli import main
 from coherency.sim.history import Call
 from tests.mounts import coherency_mounts_below
 
@@ -101,7 +103,17 @@ def test_interrupted_it_leaves_nothing_behind(socket_dir: Path, number: int) -> 
     require_nothing_left(socket_dir)
 
 
-def test_impossible_options(socket_dir: Path) -> None:
-    for options in (["--faults", "earthquake"], ["--guests", "0"], ["--seconds", "0"], ["--cache", "sometimes"]):
-        code, _, errors = simulate(socket_dir, *options)
-        assert code == 2, (options, errors)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--faults", "earthquake"], "kill-agent"),
+        (["--faults", "all,kill-agent"], "stands alone"),
+        (["--guests", "0"], "--guests"),
+        (["--seconds", "0"], "--seconds"),
+        (["--cache", "sometimes"], "access"),
+    ],
+)
+def test_impossible_options(options: list[str], says: str) -> None:
+    result = CliRunner().invoke(main, ["simulate", *options])
+    assert result.exit_code == 2
+    assert says in result.output
