@@ -207,12 +207,16 @@ class Session:
             os.close(root)
 
     def _detach(self) -> None:
-        there = mount_at(self.mountpoint)
-        if there is None:
-            return  # somebody else has unmounted it
-        if there.device != self.connection:
-            log.warning("%s is covered by another mount, which stays", self.mountpoint)
-            return
+        try:
+            there = mount_at(self.mountpoint)
+        except OSError as error:  # no descriptor is left for it
+            log.warning("what is mounted on %s cannot be read: %s", self.mountpoint, error)
+        else:
+            if there is None:
+                return  # somebody else has unmounted it
+            if there.device != self.connection:
+                log.warning("%s is covered by another mount, which stays", self.mountpoint)
+                return
         try:
             syscalls.umount(self.mountpoint)
         except OSError as error:
