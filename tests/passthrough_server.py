@@ -125,6 +125,9 @@ class Server:
         assert isinstance(self._file_system, Gated)
         self._file_system.gate.set()
 
+    def open_gate_later(self, after_s: float) -> None:
+        threading.Timer(after_s, self.open_gate).start()
+
     def invalidate_inode(self, node: int, offset: int = -1, length: int = 0) -> bool:
         return self._session.invalidate_inode(NodeId(node), offset, length)
 

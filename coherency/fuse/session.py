@@ -102,6 +102,7 @@ class Session:
         self._setxattr_ext = False
         self._over = threading.Event()
         self._closing = False
+        self._aborted = False
 
     # ---- life ----
 
@@ -177,7 +178,8 @@ class Session:
     def close(self, *, grace_s: float = 5.0) -> None:
         """Write dirty pages, unmount, and wait for the threads. Who still uses the mount gets errors from now on, not a hang.
 
-        Safe to call twice, and after somebody else has unmounted.
+        Safe to call twice, and after somebody else has unmounted. What somebody has mounted on top stays, and so does
+        the mount below it.
         """
         with self._lock:
             first, self._closing = not self._closing, True
@@ -186,9 +188,12 @@ class Session:
                 flusher = threading.Thread(target=self._flush_dirty_pages, daemon=True, name=f"{self._name}-flush")
                 flusher.start()
                 flusher.join(grace_s)
-            self._detach()
+            if not self._detach():
+                return
             if not self._ever_started:
                 self._finish()
+        elif first and self._aborted:
+            self._detach()  # an aborted connection is over, its mount is still there
         self._over.wait(grace_s)
         for thread in list(self._threads):
             if thread is not threading.current_thread():
@@ -206,26 +211,28 @@ class Session:
         finally:
             os.close(root)
 
-    def _detach(self) -> None:
+    def _detach(self) -> bool:
+        """False: the mount stays, since another one lies on it."""
         try:
             there = mount_at(self.mountpoint)
         except OSError as error:  # no descriptor is left for it
             log.warning("what is mounted on %s cannot be read: %s", self.mountpoint, error)
         else:
             if there is None:
-                return  # somebody else has unmounted it
+                return True  # somebody else has unmounted it
             if there.device != self.connection:
                 log.warning("%s is covered by another mount, which stays", self.mountpoint)
-                return
+                return False
         try:
             syscalls.umount(self.mountpoint)
         except OSError as error:
             if error.errno != errno.EBUSY:
-                return  # somebody else has unmounted it meanwhile
+                return True  # somebody else has unmounted it meanwhile
             try:
                 syscalls.umount(self.mountpoint, syscalls.MNT_FORCE | syscalls.MNT_DETACH)
             except OSError as again:
                 log.warning("cannot unmount %s: %s", self.mountpoint, again)
+        return True
 
     # ---- serving ----
 
@@ -259,6 +266,8 @@ class Session:
                 except OSError as error:
                     if error.errno in _NOTHING_READ:
                         continue
+                    if error.errno == errno.ECONNABORTED:
+                        self._aborted = True
                     if error.errno not in _GONE:
                         log.error("cannot read requests for %s: %s", self.mountpoint, error)
                     return
