@@ -48,7 +48,7 @@ def remove_dead_mount(path: str | os.PathLike[str]) -> bool:
     if mount is None or mount.kind != FILE_SYSTEM_TYPE:
         return False
     try:
-        os.stat(path)
+        os.statvfs(path)  # the kernel answers a stat of a dead mount itself, for as long as it may believe what it has
     except OSError as error:
         if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
             raise
