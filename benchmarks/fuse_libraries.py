@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import REPOSITORY, CouldNotMeasure, describe, load_average, require_fuse
-from rounds import calls_per_block, end_progress, interleave, quartiles, ratio, show_progress, time_calls
+from rounds import calls_per_block, end_progress, interleave, ratio, show_progress, time_calls
 
 SERVERS = Path(__file__).resolve().parent / "fuse_servers"
 ENVIRONMENT = REPOSITORY / "build" / "fuse-libraries"
@@ -41,6 +42,7 @@ DEBIAN_PACKAGES = {
     "pkg-config": Path("/usr/bin/pkg-config"),
     "libfuse3-dev": Path("/usr/include/fuse3/fuse_lowlevel.h"),
 }
+MFUSEPY, MFUSEPY_ONE = "mfusepy", "mfusepy, one thread"
 OWN, OWN_QUICK, BARE, C = "coherency.fuse", "coherency.fuse, quick", "bare loop in Python", "C, libfuse3"
 
 _START_TIMEOUT_S = 30.0
@@ -79,17 +81,15 @@ def virtual_environment(directory: Path) -> Path:
     return python
 
 
-def library_server(library: str, directory: Path) -> Server:
+def library_server(name: str, library: str, directory: Path, *arguments: str) -> Server:
     python = virtual_environment(directory)
     try:
         _run([str(python), "-c", f"import {library}"])
     except NotAvailable:
         show_progress(f"installing {REQUIREMENTS[library]}")
         _run([str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", REQUIREMENTS[library]])
-    # The same C library for both.
-    return Server(
-        library, (str(python), str(SERVERS / f"with_{library}.py")), (("FUSE_LIBRARY_PATH", "libfuse3.so.3"),)
-    )
+    command = (str(python), str(SERVERS / f"with_{library}.py"), *arguments)
+    return Server(name, command, (("FUSE_LIBRARY_PATH", "libfuse3.so.3"),))  # the same C library for both
 
 
 def c_server(directory: Path) -> Server:
@@ -177,8 +177,9 @@ def measure(rounds: int, environment: Path) -> dict[str, Any]:
     candidates: dict[str, Callable[[], Server]] = {
         OWN: lambda: own_server(OWN, "own_session.py", "ordinary"),
         OWN_QUICK: lambda: own_server(OWN_QUICK, "own_session.py", "quick"),
-        "pyfuse3": lambda: library_server("pyfuse3", environment),
-        "mfusepy": lambda: library_server("mfusepy", environment),
+        "pyfuse3": lambda: library_server("pyfuse3", "pyfuse3", environment),
+        MFUSEPY: lambda: library_server(MFUSEPY, "mfusepy", environment, "several"),
+        MFUSEPY_ONE: lambda: library_server(MFUSEPY_ONE, "mfusepy", environment, "one"),
         BARE: lambda: own_server(BARE, "bare_loop.py"),
         C: lambda: c_server(directory),
     }
@@ -203,11 +204,9 @@ def measure(rounds: int, environment: Path) -> dict[str, Any]:
     end_progress()
     results = {}
     for name, series in figures.items():
-        lower, median, upper = map(round, quartiles(series))
         results[name] = {
-            "median_ns": median,
-            "lower_quartile_ns": lower,
-            "upper_quartile_ns": upper,
+            "median_ns": round(statistics.median(series)),
+            "lowest_ns": round(min(series)),
             "times_own": round(ratio(series, figures[OWN]), 3),
         }
     return {
@@ -233,17 +232,16 @@ def print_report(document: dict[str, Any]) -> None:
     for name, value in (document["machine"] | {"rounds": document["rounds"]}).items():
         print(f"{name:24} {value}")
     print(f"{'libraries':24} {', '.join(document['libraries'].values())}")
-    print(f"\n{'one GETATTR':24}{'ns':>10}{'quartiles':>18}{'x ' + OWN:>20}")
+    print(f"\n{'one GETATTR':24}{'ns':>10}{'lowest':>10}{'x ' + OWN:>20}")
     for name, result in document["getattr"].items():
-        span = f"{result['lower_quartile_ns']}-{result['upper_quartile_ns']}"
-        print(f"{name:24}{result['median_ns']:>10}{span:>18}{result['times_own']:>20.2f}")
+        print(f"{name:24}{result['median_ns']:>10}{result['lowest_ns']:>10}{result['times_own']:>20.2f}")
     for name, reason in document["not_available"].items():
         print(f"{name:24}not measured: {reason}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="One GETATTR through coherency.fuse, pyfuse3 and mfusepy.")
-    parser.add_argument("--rounds", type=int, default=31, help="how often each server has its turn (default: 31)")
+    parser.add_argument("--rounds", type=int, default=101, help="how often each server has its turn (default: 101)")
     parser.add_argument("--json", action="store_true", help="print a JSON document instead of a table")
     parser.add_argument(
         "--environment",

@@ -1,6 +1,7 @@
 """Interleaved measuring: A B C, A B C, ... so that whatever disturbs the machine disturbs all alike.
 
-1. A figure is the median over the rounds.
+1. A figure is the median over the rounds. Beside it stands the lowest, which is the least disturbed: on a machine with
+   other work to do the two lie far apart, and only ratios mean anything.
 2. A ratio is the median of the ratios within each round, not the ratio of two medians: a slow minute cancels out.
 """
 
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-BLOCK_NS = 20_000_000
+BLOCK_NS = 5_000_000
 """How long one subject is measured in one round, roughly."""
 
 _FEWEST_CALLS, _MOST_CALLS = 20, 100_000
@@ -50,14 +51,6 @@ def interleave(subjects: Mapping[str, Callable[[int], float]], rounds: int, titl
         for name, measure in subjects.items():
             figures[name].append(measure(number))
     return figures
-
-
-def quartiles(figures: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(figures) < 2:
-        return figures[0], figures[0], figures[0]
-    lower, median, upper = statistics.quantiles(figures, n=4, method="inclusive")
-    return lower, median, upper
 
 
 def ratio(figures: Sequence[float], reference: Sequence[float]) -> float:

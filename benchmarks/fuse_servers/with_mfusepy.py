@@ -1,4 +1,9 @@
-"""One file, served by mfusepy (libfuse's high-level interface through ctypes). Hands out the same attributes each time."""
+"""One file, served by mfusepy (libfuse's high-level interface through ctypes). Hands out the same attributes each time.
+
+    with_mfusepy.py one|several MOUNTPOINT
+
+With one thread an operation that waits holds up all others; several is what libfuse does by itself.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +39,8 @@ def _attributes(status: os.stat_result) -> dict[str, int]:
 
 
 def main() -> None:
-    # One thread: with several the interpreter's lock only adds to the time of a single caller.
-    mfusepy.FUSE(OneFile(), sys.argv[1], foreground=True, nothreads=True, attr_timeout=0, entry_timeout=0)
+    threads, mountpoint = sys.argv[1:]
+    mfusepy.FUSE(OneFile(), mountpoint, foreground=True, nothreads=threads == "one", attr_timeout=0, entry_timeout=0)
 
 
 if __name__ == "__main__":
