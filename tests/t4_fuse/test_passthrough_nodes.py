@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.comparing import attempt
 from tests.passthrough import Served, eventually, serve
+from tests.scenarios.comparing import attempt
 from tests.t4_fuse.conftest import FOREVER
 
 MANY = 250_000

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.comparing import UserProcess, attempt
 from tests.mounts import parse_mountinfo
 from tests.passthrough import Served, eventually, serve
+from tests.scenarios.comparing import UserProcess, attempt
 from tests.t4_fuse.conftest import FOREVER
 
 ROOT = 1

@@ -1,4 +1,4 @@
-"""Operations on open files through a passthrough, compared with the same on a plain directory."""
+"""Operations on open files. Each function is a scenario: see `comparing`."""
 
 import ctypes
 import errno
@@ -11,10 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.comparing import Scenario, attempt, compare
-from tests.passthrough import Served
+from tests.scenarios.comparing import Scenario, attempt
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -59,9 +56,6 @@ def segments(fd: int) -> list[tuple[int, int]]:
             return found
         end = os.lseek(fd, start, os.SEEK_HOLE)
         found.append((start, end))
-
-
-# --- scenarios ---
 
 
 def writes_and_reads(d: Path) -> Any:
@@ -310,8 +304,3 @@ SCENARIOS: list[Scenario] = [
     holes, copied_ranges, open_and_unlinked, replaced_while_open, temporary_files, shared_memory, synchronising, locks,
     many_open_at_once,
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_same_as_a_plain_directory(any_mount: Served, scenario: Scenario, tmp_path: Path) -> None:
-    compare(scenario, tmp_path, any_mount)

@@ -1,4 +1,7 @@
-"""The same scenario in two directories: what it returns and what it leaves behind must be the same in both."""
+"""The same scenario in two directories: what it returns and what it leaves behind must be the same in both.
+
+What a scenario returns is a list of whatever it has seen, in order; a call that fails stands there with its errno.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tests.passthrough import Served
 from tests.snapshots import Facts, differences, snapshot, timeless
 
 _YEAR_2000_NS = 946_684_800 * 10**9
@@ -26,21 +28,18 @@ def attempt(function: Callable[..., Any], *arguments: Any, **options: Any) -> An
         return errno.errorcode[error.errno or 0]
 
 
-def compare(scenario: Scenario, plain: Path, served: Served) -> None:
-    """Run the scenario in a new directory of ``plain``, and in one of the mount."""
+def compare(scenario: Scenario, plain: Path, mounted: Path, share: Path, *, writeback: bool = False) -> None:
+    """Run the scenario in a new directory of ``plain``, and in one of ``share`` through ``mounted``."""
     name = scenario.__name__
     expected = _run(scenario, plain / name)
-    got = _run(scenario, served.mountpoint / name)
+    got = _run(scenario, mounted / name)
     assert got == expected, f"mounted {got!r}\n  plain {expected!r}"
-    through, below = snapshot(served.mountpoint / name), snapshot(served.directory / name)
+    through, below = snapshot(mounted / name), snapshot(share / name)
     # With a write-back cache the kernel has times of its own, and writes some of them back, some time.
-    lines = (
-        differences(_without_times(through), _without_times(below)) if served.writeback else differences(through, below)
-    )
+    lines = differences(_without_times(through), _without_times(below)) if writeback else differences(through, below)
     assert not lines, "the mount shows something else than the directory:\n" + "\n".join(lines)
     lines = differences(_comparable(through), _comparable(snapshot(plain / name)))
     assert not lines, "mounted != plain:\n" + "\n".join(lines)
-    served.ask("check")
 
 
 def _run(scenario: Scenario, directory: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What users without privileges make, may do and may not do through a passthrough, compared with a plain directory."""
+"""What users without privileges make, may do and may not do. Each function is a scenario: see `comparing`."""
 
 import mmap
 import os
@@ -8,10 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.comparing import Scenario, UserProcess, as_user, attempt, compare
-from tests.passthrough import Served
+from tests.scenarios.comparing import Scenario, as_user, attempt
 
 
 def facts(path: Path | str) -> Any:
@@ -31,9 +28,6 @@ def make_one_of_each() -> None:
     os.mknod("node", stat.S_IFREG | 0o666)
     fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o666)
     os.link(f"/proc/self/fd/{fd}", "temporary", dst_dir_fd=os.open(".", os.O_RDONLY), follow_symlinks=True)
-
-
-# --- scenarios ---
 
 
 def what_is_made_belongs_to_its_maker(d: Path) -> Any:
@@ -224,32 +218,3 @@ SCENARIOS: list[Scenario] = [
     by_access_control_list, set_id_bits_of_written_files, set_id_bits_and_owners, capabilities_of_written_files,
     written_by_memory,
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_same_as_a_plain_directory(any_mount: Served, scenario: Scenario, tmp_path: Path) -> None:
-    compare(scenario, tmp_path, any_mount)
-
-
-def test_users_who_come_at_once_are_not_mixed_up(plain_mount: Served) -> None:
-    """Threads of the server have been other users before, and are started by threads that have."""
-    users = range(1001, 1009)
-    shared = plain_mount.mountpoint / "shared"
-    shared.mkdir()
-    shared.chmod(0o777)
-
-    def create_many(uid: int) -> None:
-        for number in range(40):
-            subdirectory = f"{uid}.{number}"
-            os.mkdir(subdirectory)
-            os.close(os.open(f"{subdirectory}/f", os.O_CREAT, 0o666))
-
-    processes = [UserProcess(shared, lambda: create_many(uid), uid=uid, gid=uid + 100) for uid in users]  # noqa: B023
-    assert [process.result() for process in processes] == [None] * len(users)
-    names = os.listdir(shared)
-    assert len(names) == 40 * len(users)
-    for name in names:
-        uid = int(name.partition(".")[0])
-        for path in (shared / name, shared / name / "f"):
-            status = os.stat(path)
-            assert (status.st_uid, status.st_gid) == (uid, uid + 100)

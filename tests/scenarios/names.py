@@ -1,4 +1,4 @@
-"""Operations on names and attributes through a passthrough, compared with the same on a plain directory."""
+"""Operations on names and attributes. Each function is a scenario: see `comparing`."""
 
 import ctypes
 import os
@@ -8,10 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.comparing import Scenario, attempt, compare
-from tests.passthrough import Served
+from tests.scenarios.comparing import Scenario, attempt
 
 libc = ctypes.CDLL(None, use_errno=True)
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
@@ -419,8 +416,3 @@ SCENARIOS: list[Scenario] = [
     in_a_directory_that_moves, times, modes, owners, set_gid_directories, extended_attributes, access_control_lists,
     what_access_says, file_system_statistics,
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_same_as_a_plain_directory(any_mount: Served, scenario: Scenario, tmp_path: Path) -> None:
-    compare(scenario, tmp_path, any_mount)

@@ -1,0 +1,40 @@
+"""Every operation through a passthrough, whatever the kernel caches and however nodes are reached."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.passthrough import Served
+from tests.scenarios import ALL
+from tests.scenarios.comparing import Scenario, UserProcess, compare
+
+
+@pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.__name__)
+def test_same_as_a_plain_directory(any_mount: Served, scenario: Scenario, tmp_path: Path) -> None:
+    compare(scenario, tmp_path, any_mount.mountpoint, any_mount.directory, writeback=any_mount.writeback)
+    any_mount.ask("check")
+
+
+def test_users_who_come_at_once_are_not_mixed_up(plain_mount: Served) -> None:
+    """Threads of the server have been other users before, and are started by threads that have."""
+    users = range(1001, 1009)
+    shared = plain_mount.mountpoint / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+
+    def create_many(uid: int) -> None:
+        for number in range(40):
+            subdirectory = f"{uid}.{number}"
+            os.mkdir(subdirectory)
+            os.close(os.open(f"{subdirectory}/f", os.O_CREAT, 0o666))
+
+    processes = [UserProcess(shared, lambda: create_many(uid), uid=uid, gid=uid + 100) for uid in users]  # noqa: B023
+    assert [process.result() for process in processes] == [None] * len(users)
+    names = os.listdir(shared)
+    assert len(names) == 40 * len(users)
+    for name in names:
+        uid = int(name.partition(".")[0])
+        for path in (shared / name, shared / name / "f"):
+            status = os.stat(path)
+            assert (status.st_uid, status.st_gid) == (uid, uid + 100)
