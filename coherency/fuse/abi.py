@@ -69,11 +69,9 @@ class Notify(IntEnum):
 
 class InitFlag(IntFlag):
     ASYNC_READ = 1 << 0
-    POSIX_LOCKS = 1 << 1
     ATOMIC_O_TRUNC = 1 << 3
     BIG_WRITES = 1 << 5
     DONT_MASK = 1 << 6
-    FLOCK_LOCKS = 1 << 10
     AUTO_INVAL_DATA = 1 << 12
     DO_READDIRPLUS = 1 << 13
     READDIRPLUS_AUTO = 1 << 14
@@ -83,7 +81,6 @@ class InitFlag(IntFlag):
     POSIX_ACL = 1 << 20
     ABORT_ERROR = 1 << 21
     MAX_PAGES = 1 << 22
-    CACHE_SYMLINKS = 1 << 23
     HANDLE_KILLPRIV_V2 = 1 << 28
     SETXATTR_EXT = 1 << 29
     INIT_EXT = 1 << 30
@@ -107,7 +104,6 @@ class SetattrValid:
     KILL_SUIDGID: Final = 1 << 11
 
 
-FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_CACHE_DIR: Final = 1 << 3
 GETATTR_FH: Final = 1 << 0

@@ -1,6 +1,7 @@
 """Every operation through a passthrough, whatever the kernel caches and however nodes are reached."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,21 @@ from tests.scenarios.comparing import Scenario, UserProcess, compare
 def test_same_as_a_plain_directory(any_mount: Served, scenario: Scenario, tmp_path: Path) -> None:
     compare(scenario, tmp_path, any_mount.mountpoint, any_mount.directory, writeback=any_mount.writeback)
     any_mount.ask("check")
+
+
+def test_time_of_birth(plain_mount: Served) -> None:
+    """Which the kernel asks for with STATX, since Linux 6.6."""
+    (plain_mount.mountpoint / "born").touch()
+
+    def told(path: Path) -> list[str]:
+        run = subprocess.run(
+            ["stat", "-c", "%w %i %s %b %B %h %u %g %f %Y %Z", path], capture_output=True, text=True, check=True
+        )
+        return run.stdout.split()
+
+    mine, theirs = told(plain_mount.mountpoint / "born"), told(plain_mount.directory / "born")
+    assert mine[-10:] == theirs[-10:]
+    assert mine == theirs or mine[0] == "-"
 
 
 def test_users_who_come_at_once_are_not_mixed_up(plain_mount: Served) -> None:
