@@ -67,7 +67,8 @@ U32 = Annotated[int, Unsigned(32)]
 U64 = Annotated[int, Unsigned(64)]
 ModeField = Annotated[str, Choice(MODES)]
 PathField = Annotated[str, Path()]
-ShortText = Annotated[str, Text(1, 64)]
+SHORT_TEXT_BYTES: Final = 64
+ShortText = Annotated[str, Text(1, SHORT_TEXT_BYTES)]
 
 
 class RefusalCode(IntEnum):

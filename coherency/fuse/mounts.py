@@ -53,6 +53,8 @@ def remove_dead_mount(path: str | os.PathLike[str]) -> bool:
         if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
             raise
     else:
-        raise MountError(f"{os.fspath(path)} is mounted already; unmount it first (umount {os.fspath(path)})")
+        raise MountError(
+            f"{os.fspath(path)} is a mount of ours already: choose another mount point, or unmount that one first"
+        )
     syscalls.umount(os.fsdecode(mount.path), syscalls.MNT_DETACH)
     return True

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from coherency.errors import MountError, UsageError
+from coherency.errors import CoherencyError, MountError, UsageError
 from coherency.fuse.mounts import remove_dead_mount
 from coherency.fuse.nodes import descriptor_budget
 from coherency.fuse.passthrough import Passthrough
@@ -26,7 +26,7 @@ from coherency.fuse.tree import KernelCache
 from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
 from coherency.guest_agent.client import Client
 from coherency.guest_agent.filesystem import CachingFileSystem
-from coherency.protocol import Welcome
+from coherency.protocol import SHORT_TEXT_BYTES, Welcome
 from coherency.shm_table import TableReader
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,9 @@ class MountOptions:
             raise UsageError(
                 "--writeback and --cache access exclude each other: with it the kernel believes its own sizes and times"
             )
+        name = self.guest_name or ""
+        if not name.isprintable() or len(name.encode()) > SHORT_TEXT_BYTES:
+            raise UsageError(f"--guest is one line of up to {SHORT_TEXT_BYTES} bytes, not {name!r}")
 
     def kernel_cache(self) -> KernelCache:
         """What the guest's kernel may keep in this mode."""
@@ -97,16 +100,19 @@ class GuestMount:
         self._session: Session | None = None
         self._undo = contextlib.ExitStack()
         self._connecting = threading.Lock()  # the daemon may be restarted while the mount is being made
+        # Resolved while it is not our own mount yet, which would be asked.
+        self._mountpoint = Path(os.path.realpath(options.mountpoint))
 
     def start(self) -> None:
         """Mounted and answering when this returns; nothing is left behind when it raises."""
         options = self.options
-        if not options.mountpoint.name:
-            raise UsageError(f"{options.mountpoint} cannot be a mount point: choose a directory below it")
-        if remove_dead_mount(options.mountpoint):
-            log.warning("removed the dead mount of a killed agent from %s", options.mountpoint)
-        if not options.mountpoint.is_dir():
-            raise MountError(f"{options.mountpoint} is not a directory: a mount point must exist (mkdir {options.mountpoint})")
+        mountpoint = self._mountpoint
+        if not mountpoint.name:
+            raise UsageError(f"{mountpoint} cannot be a mount point: choose a directory below it")
+        if remove_dead_mount(mountpoint):
+            log.warning("removed the dead mount of a killed agent from %s", mountpoint)
+        if not mountpoint.is_dir():
+            raise MountError(f"{mountpoint} is not a directory: a mount point must exist (mkdir {mountpoint})")
         with contextlib.ExitStack() as undo:
             self.client = Client.connect(
                 options.runtime_root,
@@ -119,11 +125,11 @@ class GuestMount:
             )
             undo.callback(self.client.close)
             with self._connecting:
-                lower = _open_lower(self.client.welcome, options.mountpoint)
+                lower = _open_lower(self.client.welcome, mountpoint)
                 file_system = self._file_system = self._make_file_system(lower)
                 try:
                     session = self._session = Session.mount(
-                        str(options.mountpoint), file_system, source=f"coherency:{options.name}", name="mount"
+                        str(mountpoint), file_system, source=f"coherency:{options.name}", name="mount"
                     )
                 except BaseException:
                     file_system.close()
@@ -148,8 +154,8 @@ class GuestMount:
         if file_system is None or session is None:
             return  # not begun yet: it will be with this connection
         try:
-            abandoned = file_system.nodes.rebase(_open_lower(welcome, self.options.mountpoint))
-        except (MountError, OSError) as error:
+            abandoned = file_system.nodes.rebase(_same_tree(_open_lower(welcome, self._mountpoint), file_system))
+        except (CoherencyError, OSError) as error:
             log.warning("the daemon is back, its export is not: %s", error)
             return
         if isinstance(file_system, CachingFileSystem):
@@ -180,15 +186,26 @@ class GuestMount:
 
 def _open_lower(welcome: Welcome, mountpoint: Path) -> int:
     lower = welcome.export
-    # The mount point itself may be our own mount by now: its parent is resolved, not it.
-    place = Path(os.path.realpath(mountpoint.parent)) / mountpoint.name
-    for tree in (Path(os.path.realpath(welcome.share)), Path(lower)):
-        if tree == place or tree in place.parents:
+    for tree in (Path(os.path.realpath(welcome.share)), Path(os.path.realpath(lower))):
+        if tree == mountpoint or tree in mountpoint.parents:
             raise UsageError(f"{mountpoint} lies in {tree}: the mount would contain itself; choose another mount point")
+    if mountpoint in Path(os.path.realpath(lower)).parents:
+        raise UsageError(f"{mountpoint} contains {lower}, which the mount would hide; choose another mount point")
     try:
         return os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise MountError(f"cannot open the lower directory {lower}: {error.strerror}") from error
+
+
+def _same_tree(lower: int, file_system: Passthrough) -> int:
+    """Returns ``lower``, and closes it if it raises: the kernel of this mount knows nodes of the tree that it began with."""
+    try:
+        if os.fstat(lower).st_ino != file_system.nodes.root.ino:
+            raise MountError("another directory is served under this name now; unmount this guest, and mount it again")
+    except BaseException:
+        os.close(lower)
+        raise
+    return lower
 
 
 def _close_when_unused(session: Session, descriptors: list[int]) -> None:
