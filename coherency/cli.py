@@ -29,14 +29,16 @@ from coherency.demo import Demo, Step
 from coherency.errors import CoherencyError, DaemonUnavailable, UsageError
 from coherency.guest_agent.api import RUNTIME_ROOT_VARIABLE
 from coherency.guest_agent.cache import DEFAULT_CAPACITY
-from coherency.guest_agent.client import fetch_status, invalidate
+from coherency.guest_agent.client import fetch_status, invalidate, served_names
 from coherency.guest_agent.mount import MODES, GuestMount, MountOptions
-from coherency.protocol import CONTROL_SOCKET_NAME, DEFAULT_RUNTIME_ROOT
+from coherency.protocol import DEFAULT_RUNTIME_ROOT
 from coherency.shm_abi import MAX_SLOT_COUNT
 from coherency.shm_table import DEFAULT_SLOT_COUNT, require_platform
 
 _SECOND_NS: Final = 1_000_000_000
 _LOOK_EVERY_S: Final = 0.2
+_MAX_TIMEOUT_S: Final = 10**9
+_WIDE_COLUMNS: Final = 200  # of what is no terminal: a line of the table stays a line
 
 _runtime_dir = click.option(
     "--runtime-dir",
@@ -127,6 +129,12 @@ def serve(
         _run(service, f"serving {share} as '{name}': guests use {service.directory.export}")
 
 
+def _seconds(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 <= value <= _MAX_TIMEOUT_S:  # which is also true of what is not a number
+        raise click.BadParameter(f"{value} is not in the range 0 to {_MAX_TIMEOUT_S}; for ever is --cache always")
+    return value
+
+
 @main.command()
 @click.argument("name")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
@@ -139,7 +147,7 @@ def serve(
     "access: compare versions each time, never stale.",
 )
 @click.option(
-    "--timeout", type=click.FloatRange(0), help="Seconds that --cache auto believes what it has. [default: 1]"
+    "--timeout", type=float, callback=_seconds, help="Seconds that --cache auto believes what it has. [default: 1]"
 )
 @click.option(
     "--writeback/--no-writeback", default=False, help="Let the kernel collect writes (none, auto, always only)."
@@ -202,15 +210,16 @@ def status(name: str | None, runtime_dir: Path, as_json: bool) -> None:
     coherency status
     coherency status work --json
     """
+    found: dict[str, dict[str, Any]] = {}
     with errors_as_messages():
-        names = [name] if name else _names(runtime_dir)
-        found: dict[str, dict[str, Any]] = {}
-        for each in names:
+        for each in [name] if name else served_names(runtime_dir):
             try:
                 found[each] = fetch_status(runtime_dir, each)
-            except DaemonUnavailable:
+            except CoherencyError as error:
                 if name:
                     raise
+                if not isinstance(error, DaemonUnavailable):  # one that was killed may have left its socket
+                    click.echo(f"coherency: {each}: {error}", err=True)
     if as_json:
         documents = list(found.values())
         click.echo(json.dumps(documents[0] if name else documents, indent=2))
@@ -218,15 +227,10 @@ def status(name: str | None, runtime_dir: Path, as_json: bool) -> None:
     if not found:
         click.echo(f"no daemon serves in {runtime_dir}")
     console = Console()
+    if not console.is_terminal:
+        console.width = _WIDE_COLUMNS
     for report in found.values():
         _print_status(console, report)
-
-
-def _names(runtime_dir: Path) -> list[str]:
-    try:
-        return sorted(each.name for each in runtime_dir.iterdir() if (each / CONTROL_SOCKET_NAME).exists())
-    except FileNotFoundError:
-        return []
 
 
 def _print_status(console: Console, report: dict[str, Any]) -> None:
@@ -241,9 +245,10 @@ def _print_status(console: Console, report: dict[str, Any]) -> None:
     )
     if report["bumping"] != "on":
         console.print("  [bold red]bumps are switched off: guests are stale[/bold red]")
-    table = Table(box=None, pad_edge=False, padding=(0, 2))
-    for heading in ("  guest", "pid", "cache", "hits", "misses", "refreshes", "host trips", "entries"):
-        table.add_column(heading, justify="left" if heading == "  guest" else "right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("  guest", overflow="fold")
+    for heading in ("pid", "cache", "hits", "misses", "refreshes", "host trips", "entries"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for guest in report["guests"]:
         name = f"  {guest['name']}" + ("" if guest["answered"] else " (silent)")
         numbers = (guest[key] for key in ("hits", "misses", "refreshes", "lower_requests", "entries"))
@@ -280,6 +285,8 @@ def demo(live_dangerously: bool, as_json: bool) -> None:
     coherency demo
     coherency demo --live-dangerously
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: everything is taken down again
+        signal.signal(number, signal.default_int_handler)
     console = Console(stderr=as_json, highlight=False)
     steps: list[Step] = []
     with errors_as_messages(), Demo(live_dangerously=live_dangerously) as scenario:
@@ -304,10 +311,6 @@ def _print_step(console: Console, step: Step) -> None:
     trips = f"{step.host_trips} host trip{'' if step.host_trips == 1 else 's'}"
     console.print(f"{mark} {escape(step.what)}", soft_wrap=True)
     console.print(f"      {escape(step.seen)}  [cyan]{trips}[/cyan], {step.milliseconds:.1f} ms", soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()
 
 
 main.add_command(check_command)

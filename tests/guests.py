@@ -36,7 +36,7 @@ class Program:
             )  # fmt: skip
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], START_TIMEOUT_S)
-        self.ready_line = self.process.stdout.readline().decode() if readable else ""
+        self.ready_line = os.fsdecode(self.process.stdout.readline()) if readable else ""
         if not self.ready_line:
             self.kill()
             raise AssertionError(f"{arguments} did not get ready:\n{self.logged()}")
@@ -104,10 +104,8 @@ class Host:
     def mount(self, guest: str, cache: str = "access", *options: str, doom: tuple[str, int] | None = None) -> Path:
         """Mount a guest (again); returns where."""
         mountpoint = self.directory / guest
-        with contextlib.suppress(
-            FileExistsError
-        ):  # asked of the system, since the mount of a killed guest answers nothing
-            os.mkdir(mountpoint)
+        with contextlib.suppress(FileExistsError):  # exist_ok would stat it, which the mount of a killed guest refuses
+            mountpoint.mkdir()
         self.guests[guest] = Program(
             self.directory / f"{guest}.log",
             "mount", self.name, mountpoint, "--cache", cache, "--guest", guest, "--runtime-dir", self.runtime_dir,
