@@ -6,8 +6,10 @@
 3. When the session ends, no mount of ours may lie in its temporary directories. One that does fails the session and
    is unmounted.
 4. A test that needs what this machine lacks is skipped with the reason, which the summary shows.
+5. No test leaves the ids, the umask or the securebits of another user to the next.
 """
 
+import ctypes
 import logging
 import os
 import re
@@ -20,6 +22,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from coherency.fuse import syscalls
 from tests import mounts
 
 TESTS = Path(__file__).resolve().parent
@@ -187,6 +190,33 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session", autouse=True)
 def mount_guard_knows_basetemp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     request.config.stash[mount_guard_key].roots.append(tmp_path_factory.getbasetemp().resolve())
+
+
+# --- 5: who the test process is -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_ids() -> Generator[None, None, None]:
+    """A test that calls an operation itself takes on the caller's ids and umask: its thread is the one that serves.
+
+    Programs started by later tests would inherit them, and the securebits that let a thread keep its capabilities.
+    """
+    umask = os.umask(0o022)
+    os.umask(umask)
+    securebits = _prctl(_PR_GET_SECUREBITS, 0)
+    yield
+    os.umask(umask)
+    syscalls.set_fs_ids(os.geteuid(), os.getegid())
+    if _prctl(_PR_GET_SECUREBITS, 0) != securebits:
+        assert _prctl(_PR_SET_SECUREBITS, securebits) == 0
+
+
+_PR_GET_SECUREBITS, _PR_SET_SECUREBITS = 27, 28
+
+
+def _prctl(option: int, value: int) -> int:
+    result: int = ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3)
+    return result
 
 
 # --- fixtures -----------------------------------------------------------------------------------------------------
