@@ -29,6 +29,7 @@ from coherency.fuse.session import Session
 from coherency.ids import Epoch
 from coherency.protocol import Welcome
 from coherency.protocol_fields import ReportValue
+from coherency.shm_abi import read_layout
 from coherency.shm_memory import OwnedMemory, create_memfd, create_posix
 from coherency.shm_table import (
     DEFAULT_SLOT_COUNT,
@@ -87,7 +88,7 @@ class Service:
             # A name given free before would be a clean one to the next daemon, which would not wait for the rest.
             undo.callback(_wait_until, hold_until_ns)
             self._hand_to_group(directory.path)
-            memory, table = self._make_table()
+            memory, table = self._make_table(unclean=claim.unclean)
             self.table = table
             undo.callback(memory.close)
             undo.callback(memory.unlink)
@@ -107,7 +108,9 @@ class Service:
         read_only = memory.read_only_fd()
         undo.callback(os.close, read_only)
         high, low = table.table_id
-        welcome = Welcome(0, high, low, table.table_bytes, TRUST_NS, os.path.abspath(options.share), str(directory.export))
+        welcome = Welcome(
+            0, high, low, table.table_bytes, TRUST_NS, os.path.abspath(options.share), str(directory.export)
+        )
         self.server = ControlServer(
             directory.control_socket,
             welcome=welcome, table_fd=read_only, status=self.report, invalidate=table.advance_epoch,
@@ -126,12 +129,21 @@ class Service:
         if self.options.gid is not None:
             os.chown(path, -1, self.options.gid)
 
-    def _make_table(self) -> tuple[OwnedMemory, TableWriter]:
-        """Fresh memory with a table, or the one that a killed predecessor left under a stable name."""
+    def _make_table(self, *, unclean: bool) -> tuple[OwnedMemory, TableWriter]:
+        """Fresh memory with a table, or the one that a killed predecessor left under a stable name.
+
+        Without a killed predecessor a table of that name is somebody else's: its daemon may well be alive.
+        """
         memory = self._make_memory()
         try:
             if memory.existed:
                 try:
+                    read_layout(memory.words)
+                    if not unclean:
+                        raise UsageError(
+                            f"{memory.path} is the table of another daemon of this name, with another runtime directory; "
+                            "choose another --name, or remove it if nobody serves from it"
+                        )
                     return memory, TableWriter.adopt(memory.words)
                 except TableError as error:  # its owner was killed while formatting it: nobody ever served from it
                     log.warning("%s is made anew: %s", memory.path, error)

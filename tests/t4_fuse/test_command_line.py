@@ -337,6 +337,22 @@ def test_the_table_can_be_opened_by_its_link(socket_dir: Path, kind: str) -> Non
     assert not Path(f"/dev/shm/coherency-{name}").exists()
 
 
+def test_a_posix_table_in_use_is_not_taken_from_its_daemon(socket_dir: Path) -> None:
+    """The lock on a name lies in the runtime directory, and the object is the whole machine's."""
+    name = f"twice-{os.getpid()}"
+    with Host(socket_dir, "--table", "posix", name=name) as host, host.agent() as agent:
+        (host.export / "file").write_text("x")
+        assert agent.stat("file").st_size == 1
+        before = host.status()
+        done = coherency("serve", host.share, "--name", name, "--table", "posix", "--runtime-dir", socket_dir / "else")
+        assert done.returncode == 2
+        assert f"/dev/shm/coherency-{name} is the table of another daemon of this name" in done.stderr
+        assert list((socket_dir / "else").iterdir()) == []
+        assert host.status()["epoch"] == before["epoch"]
+        (host.export / "file").write_text("xx")
+        assert agent.stat("file").st_size == 2
+
+
 # ---- demo ----
 
 
