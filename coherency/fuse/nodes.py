@@ -289,13 +289,19 @@ class NodeStore:
             finally:
                 os.close(at)
             try:
-                status = os.fstat(fd)
-                if (status.st_dev, status.st_ino) != child.key or stat.S_IFMT(status.st_mode) != child.kind:
+                if not self._is_open_as(child, fd):
                     raise OSError(errno.ESTALE, f"another inode is called like {child}")
             except BaseException:
                 os.close(fd)
                 raise
         return fd
+
+    def _is_open_as(self, node: Node, fd: int) -> bool:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != node.key or stat.S_IFMT(status.st_mode) != node.kind:
+            return False
+        # The handles of another FUSE server change while an inode stays the same; a disk's do not.
+        return node.handle is None or not self._descriptors_pin or syscalls.file_handle(fd) == node.handle
 
     def _open_directly(self, node: Node) -> int:
         """A new descriptor without going by names, or -1."""

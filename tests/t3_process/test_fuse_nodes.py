@@ -276,6 +276,18 @@ def test_another_file_of_that_name_is_not_it(nameful: NodeStore, tmp_path: Path)
     assert caught.value.errno == errno.ESTALE
 
 
+def test_another_file_of_that_name_and_number_is_not_it(crowded: NodeStore, tmp_path: Path) -> None:
+    (tmp_path / "gone").touch()
+    (tmp_path / "a").touch()
+    gone, node = look_up(crowded, crowded.root, "gone"), look_up(crowded, crowded.root, "a")
+    (tmp_path / "gone").unlink()
+    # As if "a" had been made with the number, and in the place, of what is gone.
+    node.handle = gone.handle
+    with pytest.raises(OSError, match="another inode") as caught:
+        status(crowded, node)
+    assert caught.value.errno == errno.ESTALE
+
+
 def test_symlink_in_place_of_a_directory_leads_nowhere(nameful: NodeStore, tmp_path: Path) -> None:
     inside = tmp_path / "d"
     inside.mkdir()
