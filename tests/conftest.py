@@ -206,11 +206,12 @@ def own_ids() -> Generator[None, None, None]:
     securebits = _prctl(_PR_GET_SECUREBITS, 0)
     yield
     os.umask(umask)
-    syscalls.set_fs_ids(os.geteuid(), os.getegid())
+    syscalls.set_fs_ids(*_OWN_IDS)
     if _prctl(_PR_GET_SECUREBITS, 0) != securebits:
         assert _prctl(_PR_SET_SECUREBITS, securebits) == 0
 
 
+_OWN_IDS = os.geteuid(), os.getegid()  # asked before any test pretends to be somebody else
 _PR_GET_SECUREBITS, _PR_SET_SECUREBITS = 27, 28
 
 
