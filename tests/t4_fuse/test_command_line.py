@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -179,16 +180,21 @@ def test_mount_points_that_cannot_be(host: Host, guest: Path) -> None:
     (host.directory / "to the share").symlink_to(host.share / "below")
     (host.directory / "to the runtime directory").symlink_to(host.runtime_dir)
     contains = "the mount would contain itself; choose another mount point"
-    for place, runtime_dir, code, message in (
+    hides = "which the mount would hide; choose another mount point"
+    mounted = "is a mount of ours already: choose another mount point"
+    cases = [
         (host.share / "below", host.runtime_dir, 2, contains),
         (host.directory / "to the share", host.runtime_dir, 2, contains),
         (host.export / "below", host.runtime_dir, 2, contains),
         (host.export / "below", host.directory / "to the runtime directory", 2, contains),
-        (host.runtime_dir, host.runtime_dir, 2, "which the mount would hide; choose another mount point"),
-        (host.export, host.runtime_dir, 1, "is a mount of ours already: choose another mount point"),
-        (guest, host.runtime_dir, 1, "is a mount of ours already: choose another mount point"),
-    ):
-        done = coherency("mount", host.name, place, "--runtime-dir", runtime_dir)
+        (host.runtime_dir, host.runtime_dir, 2, hides),
+        (host.export, host.runtime_dir, 1, mounted),
+        (guest, host.runtime_dir, 1, mounted),
+    ]
+    with ThreadPoolExecutor() as pool:
+        commands = [("mount", host.name, place, "--runtime-dir", runtime_dir) for place, runtime_dir, _, _ in cases]
+        answers = list(pool.map(lambda arguments: coherency(*arguments), commands))
+    for (_, _, code, message), done in zip(cases, answers, strict=True):
         assert (done.returncode, done.stdout) == (code, ""), done
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1

@@ -31,7 +31,7 @@ from tests.workload import Workload
 DEADLINE_S = 30.0
 GONE = {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ESTALE, errno.ENODEV}
 AGENT_MOMENTS = [("before", 40), ("after", 60), ("before", 1), ("after", 90)]
-DAEMON_MOMENTS = [("begun", 50), ("applied", 70), ("after", 60), ("begun", 1)]
+DAEMON_MOMENTS = [("begun", 50), ("applied", 70), ("after", 1)]
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def make_museum(root: Path) -> None:
     with open(root / "sparse", "wb") as file:
         file.write(b"begin")
         file.truncate(1 << 20)
-    for number in range(40):
+    for number in range(16):
         (root / f"directory/deep/{number}").write_text(str(number))
     Path(os.fsdecode(os.fsencode(root) + b"/n\xf6t utf-8 \xff\n")).write_text("a name")
     os.link(root / "file", root / "directory/hard link")
@@ -231,9 +231,9 @@ def test_without_bumps_a_copy_is_not_seen(make_socket_dir: Callable[[], Path], m
     """Negative control of all comparisons here."""
     with Host(make_socket_dir(), "--live-dangerously") as host:
         guest, other = host.mount("guest", "none"), host.mount("other", "access")
-        copy_with_cp(museum / "directory", guest)
+        copy_with_cp(museum / "directory/deep", guest)
         assert_same_tree(other, host.share)
-        copy_with_rsync(museum, guest)
+        copy_with_cp(museum / "directory", guest)
         assert differences(snapshot(other), snapshot(host.share)) != []
 
 
@@ -247,7 +247,7 @@ PREDICATES: Sequence[Sequence[str]] = (
     ("-samefile", "file"), ("-links", "3"), ("-newer", "file"), ("!", "-newer", "file"), ("-newermt", "2009-02-13"),
     ("-executable",), ("-readable", "-writable"), ("-name", "*link*"), ("-regex", r".*/deep/[0-9]+"), ("-lname", "*deep"),
     ("-maxdepth", "1", "-name", "d*"), ("-mindepth", "3"), ("-path", "*/deep/*", "-prune", "-o", "-print"),
-    ("-depth",), ("-follow", "-name", "7"), ("-mount", "-name", "9*"), ("-name", "7", "-exec", "cat", "{}", ";"),
+    ("-depth",), ("-follow", "-name", "7"), ("-mount", "-name", "1*"), ("-name", "7", "-exec", "cat", "{}", ";"),
 )  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("repository")
     run("git", "init", "-q", "-b", "main", root)
     for commit in range(3):
-        for number in range(12):
+        for number in range(8):
             file = root / f"package{number % 4}/module{number}.py"
             file.parent.mkdir(exist_ok=True)
             file.write_text(f"number = {number}\ncommit = {commit}\n" * (number + 1))
@@ -318,15 +318,6 @@ def test_git_index_of_one_guest_is_fresh_for_all(bench: Bench, repository: Path)
     run("git", "fsck", "--strict", "--full", cwd=clone)
     run("git", "checkout", "-q", "HEAD~3", cwd=clone)
     assert run("git", "status", "--porcelain", cwd=elsewhere) == ""
-    bench.assert_everybody_agrees()
-
-
-def test_git_clone_by_hard_links_within_the_mount(bench: Bench, repository: Path) -> None:
-    run("git", "clone", "-q", "--bare", repository, bench.guest / "origin.git")
-    run("git", "clone", "-q", "--local", bench.guest / "origin.git", bench.guest / "clone")
-    shared = [names for names in hard_links(snapshot(bench.other)) if any(name.startswith(b"clone") for name in names)]
-    assert shared, "a local clone shares its objects by hard links"
-    run("git", "fsck", "--full", cwd=bench.other / "clone")
     bench.assert_everybody_agrees()
 
 
