@@ -22,7 +22,7 @@ from rich.table import Table
 
 from coherency import __version__
 from coherency.cli_check import check_command
-from coherency.cli_messages import errors_as_messages, json_option
+from coherency.cli_messages import errors_as_messages, finite_seconds, json_option
 from coherency.cli_simulate import simulate_command
 from coherency.daemon.service import Service, ServiceOptions
 from coherency.demo import Demo, Step
@@ -37,7 +37,7 @@ from coherency.shm_table import DEFAULT_SLOT_COUNT, require_platform
 
 _SECOND_NS: Final = 1_000_000_000
 _LOOK_EVERY_S: Final = 0.2
-_MAX_TIMEOUT_S: Final = 10**9
+_NO_GROUP: Final = (1 << 32) - 1
 _WIDE_COLUMNS: Final = 200  # of what is no terminal: a line of the table stays a line
 
 _runtime_dir = click.option(
@@ -74,10 +74,15 @@ def main() -> None:
 
 
 def _group(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
     try:
-        return None if value is None else int(value) if value.isdigit() else grp.getgrnam(value).gr_gid
+        number = int(value) if value.isdecimal() and value.isascii() else grp.getgrnam(value).gr_gid
     except KeyError:
         raise click.BadParameter(f"there is no group {value!r}") from None
+    if number >= _NO_GROUP:
+        raise click.BadParameter(f"{value} is no group: they end before {_NO_GROUP}")
+    return number
 
 
 @main.command()
@@ -129,15 +134,9 @@ def serve(
         _run(service, f"serving {share} as '{name}': guests use {service.directory.export}")
 
 
-def _seconds(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 <= value <= _MAX_TIMEOUT_S:  # which is also true of what is not a number
-        raise click.BadParameter(f"{value} is not in the range 0 to {_MAX_TIMEOUT_S}; for ever is --cache always")
-    return value
-
-
 @main.command()
 @click.argument("name")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)  # not click.Path, which asks what is mounted there
 @click.option(
     "--cache",
     type=click.Choice(MODES),
@@ -147,7 +146,7 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: float 
     "access: compare versions each time, never stale.",
 )
 @click.option(
-    "--timeout", type=float, callback=_seconds, help="Seconds that --cache auto believes what it has. [default: 1]"
+    "--timeout", type=float, callback=finite_seconds, help="Seconds that --cache auto believes what it has. [default: 1]"
 )
 @click.option(
     "--writeback/--no-writeback", default=False, help="Let the kernel collect writes (none, auto, always only)."

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import click
 
-from coherency.cli_messages import errors_as_messages, json_option
+from coherency.cli_messages import errors_as_messages, finite_seconds, json_option
 from coherency.sim.litmus import DEFAULT_BOUND_S, Litmus, Tally
 
 _MS: Final = 1_000_000
@@ -21,7 +21,7 @@ _MS: Final = 1_000_000
     "directories", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR_A DIR_B ..."
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0), default=5.0, show_default=True, help="How long; each mount has at least one round."
+    "--seconds", type=float, callback=finite_seconds, default=5.0, show_default=True, help="How long; each mount has at least one round."
 )
 @click.option(
     "--bound",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import click
 
 from coherency.errors import CoherencyError, UsageError
+
+_MAX_SECONDS: Final = 10**9
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -30,3 +32,10 @@ def errors_as_messages() -> Iterator[None]:
 def fail(message: str, code: int) -> NoReturn:
     click.echo(f"coherency: {message}", err=True)
     sys.exit(code)
+
+
+def finite_seconds(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    """A callback for options: a time that ends."""
+    if value is not None and not 0 <= value <= _MAX_SECONDS:  # which is also true of what is not a number
+        raise click.BadParameter(f"{value} is not in the range 0 to {_MAX_SECONDS}")
+    return value

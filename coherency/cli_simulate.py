@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import click
 
-from coherency.cli_messages import errors_as_messages, json_option
+from coherency.cli_messages import errors_as_messages, finite_seconds, json_option
 from coherency.sim.faults import FAULTS, parse_faults
 from coherency.sim.machine import Setup
 from coherency.sim.run import GROUPS_PER_GUEST, Outcome, simulate
@@ -24,7 +24,7 @@ _SEEDS: Final = 1_000_000
 @click.command("simulate")
 @click.option("--guests", type=click.IntRange(1), default=2, show_default=True, help="How many mounts.")
 @click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="How long they work."
+    "--seconds", type=float, callback=finite_seconds, default=10.0, show_default=True, help="How long they work."
 )
 @click.option("--seed", type=int, help="Decides who does what, and which faults happen when. [default: a new one]")
 @click.option(

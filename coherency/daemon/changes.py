@@ -7,7 +7,7 @@
    same number is of no use from then on.
 3. A change that fails is ended like any other; words only grow.
 4. Until ``hold_until_ns`` nothing is changed: a predecessor was killed, and agents that have not noticed yet may trust
-   its table for so long (``docs/spec/table.md``, trust). A caller that is interrupted while waiting gets EINTR.
+   its table for so long (``docs/spec/table.md``, trust). A caller on the export that is interrupted while waiting gets EINTR.
 
 Named points, for tests that stop a change there: ``begun`` (words are odd, nothing applied) and ``applied`` (not ended).
 """

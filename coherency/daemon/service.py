@@ -9,9 +9,11 @@ that, it does not give the name free sooner either.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -44,6 +46,8 @@ from coherency.shm_table import (
 log = logging.getLogger(__name__)
 
 _SECOND_NS: Final = 1_000_000_000
+_PREDECESSOR_ENDS_NS: Final = _SECOND_NS
+_LOOK_AGAIN_S: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Service:
             hold_until_ns = claimed_at_ns + TRUST_NS + TRUST_MARGIN_NS if claim.unclean else 0
             # A name given free before would be a clean one to the next daemon, which would not wait for the rest.
             undo.callback(_wait_until, hold_until_ns)
+            undo.callback(_only_daemon_of(share, options.share).close)
             self._hand_to_group(directory.path)
             memory, table = self._make_table(unclean=claim.unclean)
             self.table = table
@@ -204,6 +209,30 @@ class Service:
 
 def _wait_until(at_ns: int) -> None:
     time.sleep(max(0, at_ns - time.monotonic_ns()) / _SECOND_NS)
+
+
+def _only_daemon_of(share: int, path: Path) -> socket.socket:
+    """What makes this process the only daemon of the directory, for as long as it is open.
+
+    Two daemons of one share would not announce their changes to each other's guests. A name of the machine (abstract, so
+    that it goes with the process), not a lock of the directory, which programs on the host may want for themselves.
+    """
+    status = os.fstat(share)
+    mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    deadline_ns = time.monotonic_ns() + _PREDECESSOR_ENDS_NS
+    while True:
+        try:
+            mark.bind(f"\0coherency/share/{status.st_dev}/{status.st_ino}")
+        except OSError as error:
+            # One that was just killed may have let go of its name already, and of this not yet.
+            if error.errno == errno.EADDRINUSE and time.monotonic_ns() < deadline_ns:
+                time.sleep(_LOOK_AGAIN_S)
+                continue
+            mark.close()
+            raise UsageError(
+                f"another daemon serves {path} under another name: guests of the one would not see changes of the other"
+            ) from error
+        return mark
 
 
 def _open_share(share: Path, directory: RuntimeDirectory) -> int:

@@ -1,8 +1,8 @@
 """Who a serving thread is when it creates something: the uid, gid and umask of the caller.
 
 Ids and umask belong to one thread here, and stay as they are until a request needs others: only what creates objects
-depends on them. The thread keeps its capabilities: the kernel of the FUSE mount has checked the caller's permissions,
-with all its groups, which are not known here.
+depends on them, and what a server below decides by the caller's uid. The thread keeps its capabilities: the kernel of
+the FUSE mount has checked the caller's permissions, with all its groups, which are not known here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ class Credentials(threading.local):
     _umask = -1
     _ids = (-1, -1)  # unknown: a thread begins with those of the thread that started it
 
-    def become(self, uid: int, gid: int, umask: int) -> None:
-        """What the calling thread creates from now on belongs to ``uid`` and ``gid``, with ``umask`` applied."""
+    def become(self, uid: int, gid: int, umask: int | None = None) -> None:
+        """What the calling thread creates from now on belongs to ``uid`` and ``gid``, with ``umask`` applied (None: any)."""
         if self._umask < 0:
             syscalls.private_umask_and_cwd()
             syscalls.keep_capabilities_across_setfsuid()
-        if umask != self._umask:
+            self._umask = os.umask(0)
+            os.umask(self._umask)
+        if umask is not None and umask != self._umask:
             os.umask(umask)
             self._umask = umask
         if (uid, gid) != self._ids:

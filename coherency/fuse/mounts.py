@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from typing import Final, NamedTuple
 
 from coherency.errors import MountError
 from coherency.fuse import syscalls
 
 FILE_SYSTEM_TYPE: Final = "fuse.coherency"
+_ANSWER_TIMEOUT_S: Final = 5.0
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
 
@@ -39,22 +41,53 @@ def mount_at(path: str | os.PathLike[str]) -> Mount | None:
     return next((mount for mount in reversed(mounts()) if mount.path == wanted), None)
 
 
+def open_mount(path: str | os.PathLike[str]) -> int:
+    """Open the root of a mount of ours for reading.
+
+    Raises :class:`MountError` if there is none to be seen at ``path``: what lies below it must not be taken for it, since
+    what is written there is lost.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise MountError(f"cannot open {os.fspath(path)}: {error.strerror}") from error
+    mount = mount_at(path)
+    if mount is None or mount.kind != FILE_SYSTEM_TYPE or os.minor(os.fstat(fd).st_dev) != mount.device:
+        os.close(fd)
+        raise MountError(
+            f"the daemon's mount cannot be seen at {os.fspath(path)}: if this is another mount namespace (a container), let "
+            "mounts propagate into it (rslave), or start it after the daemon"
+        )
+    return fd
+
+
 def remove_dead_mount(path: str | os.PathLike[str]) -> bool:
     """Unmount what a killed agent left at ``path``. False if nothing of ours is mounted there.
 
-    Raises :class:`MountError` if a mount of ours there is alive.
+    Raises :class:`MountError` if a mount of ours there is alive, or does not answer.
     """
     mount = mount_at(path)
     if mount is None or mount.kind != FILE_SYSTEM_TYPE:
         return False
-    try:
-        os.statvfs(path)  # the kernel answers a stat of a dead mount itself, for as long as it may believe what it has
-    except OSError as error:
-        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
-            raise
-    else:
+    answers: list[int] = []
+    # On a thread of its own: an agent that is stopped would hold us for as long as it is.
+    asking = threading.Thread(target=lambda: answers.append(_ask(path)), daemon=True)
+    asking.start()
+    asking.join(_ANSWER_TIMEOUT_S)
+    if not answers:
+        raise MountError(f"{os.fspath(path)} is a mount of ours whose agent does not answer: end that one first")
+    if answers[0] not in (errno.ENOTCONN, errno.ECONNABORTED):
         raise MountError(
             f"{os.fspath(path)} is a mount of ours already: choose another mount point, or unmount that one first"
         )
     syscalls.umount(os.fsdecode(mount.path), syscalls.MNT_DETACH)
     return True
+
+
+def _ask(path: str | os.PathLike[str]) -> int:
+    """The errno of a question that the kernel does not answer itself, as it may a stat of a dead mount."""
+    try:
+        os.statvfs(path)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0

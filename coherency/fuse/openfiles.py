@@ -113,9 +113,9 @@ class FileOperations(Tree):
                 file.writer = os.open(syscalls.proc_path(file.fd), os.O_WRONLY | os.O_CLOEXEC)
             return file.writer
 
-    @staticmethod
-    def _drop_set_ids_for(request: Request, file: OpenFile) -> None:
+    def _drop_set_ids_for(self, request: Request, file: OpenFile) -> None:
         """For changes of data whose requests do not tell, as WRITE does, whether the caller may keep set-id bits."""
+        self.credentials.become(request.uid, request.gid)  # a server below decides by the uid, too
         if request.uid != 0:
             drop_set_ids(file.fd)
 

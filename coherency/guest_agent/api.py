@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import operator
 import os
 import socket
@@ -23,15 +22,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 
-from coherency.errors import MountError
+from coherency.fuse.mounts import open_mount
 from coherency.fuse.replies import DirectoryEntry
 from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
 from coherency.guest_agent.client import Client
 from coherency.guest_agent.paths import NOT_SET, Paths
 from coherency.protocol import DEFAULT_RUNTIME_ROOT, Welcome
 from coherency.shm_table import TableReader
-
-log = logging.getLogger(__name__)
 
 AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 RUNTIME_ROOT_VARIABLE: Final = "COHERENCY_RUNTIME_DIR"
@@ -166,18 +163,12 @@ class GuestAgent:
         self._undo.close()
 
     def _on_reconnected(self, reader: TableReader, welcome: Welcome) -> None:
-        """The daemon is back, with a new table and a new export (on the client's thread, which an exception would end)."""
-        try:
-            with self._connecting:
-                self._use(reader, welcome)
-        except MountError as error:
-            log.warning("the daemon is back, its export is not: %s", error)
+        """The daemon is back, with a new table and a new export (on the client's thread, which tries again if this raises)."""
+        with self._connecting:
+            self._use(reader, welcome)
 
     def _use(self, reader: TableReader, welcome: Welcome) -> None:
-        try:
-            lower = os.open(welcome.export, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise MountError(f"cannot open the export {welcome.export}: {error.strerror}") from error
+        lower = open_mount(welcome.export)
         # That of a dead export stays open as long as this object: a call may still be using it.
         self._undo.callback(os.close, lower)
         self._paths = Paths(lower, UserCache(reader, self._counters, capacity=self._capacity))

@@ -181,7 +181,9 @@ class Client:
         * `on_connected` with the new reader when, with `reconnect`, there is another connection (not for the first).
 
         The first of them may come before this method returns.  They must not wait for threads that wait for the client,
-        nor call `close` or `request_status`.  One that raises ends the client: it is logged, the reader stays withdrawn.
+        nor call `close` or `request_status`.  If `on_connected` raises a `CoherencyError` or an `OSError`, the connection
+        is of no use and is made anew; anything else that one raises ends the client: it is logged, the reader stays
+        withdrawn.
         `clock_ns` is the clock of `TableReader.trusted_until_ns`.
 
         Raises `DaemonUnavailable` if nobody serves the name, `Refused`, `ProtocolVersionError`, another `PeerError`, or
@@ -298,16 +300,18 @@ class Client:
             wait_readable(self._wakeup, None, retry_ns)
             try:
                 self._join()
+                self._on_connected(self.reader, self.welcome)
             except DaemonUnavailable as error:
                 _log.debug("not yet: %s", error)
             except (CoherencyError, OSError) as error:
+                if self._channel is not None:  # the callback cannot use what the daemon has told
+                    self._end(LinkEvent.LOSS)
                 if str(error) != last_text:
                     _log.warning("the daemon of '%s' is back, but of no use: %s", self._name, error)
                 last_text = str(error)
             else:
                 break
             retry_ns = min(2 * retry_ns, self._patience.last_retry_ns)
-        self._on_connected(self.reader, self.welcome)
 
     def _end(self, event: LinkEvent, *, goodbye: bool = False) -> None:
         self.reader.withdraw()  # first, rule 1

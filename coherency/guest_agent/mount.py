@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from coherency.errors import CoherencyError, MountError, UsageError
-from coherency.fuse.mounts import remove_dead_mount
+from coherency.errors import MountError, UsageError
+from coherency.fuse.mounts import open_mount, remove_dead_mount
 from coherency.fuse.nodes import descriptor_budget
 from coherency.fuse.passthrough import Passthrough
 from coherency.fuse.replies import FOREVER_NS
@@ -100,8 +100,9 @@ class GuestMount:
         self._session: Session | None = None
         self._undo = contextlib.ExitStack()
         self._connecting = threading.Lock()  # the daemon may be restarted while the mount is being made
-        # Resolved while it is not our own mount yet, which would be asked.
-        self._mountpoint = Path(os.path.realpath(options.mountpoint))
+        # Only its parent is resolved: what is mounted on it already would be asked, and need not answer.
+        place = Path(os.path.abspath(options.mountpoint))
+        self._mountpoint = Path(os.path.realpath(place.parent)) / place.name
 
     def start(self) -> None:
         """Mounted and answering when this returns; nothing is left behind when it raises."""
@@ -148,16 +149,12 @@ class GuestMount:
         return UserCache(reader, self._counters, capacity=self.options.cache_capacity)
 
     def _on_connected(self, reader: TableReader, welcome: Welcome) -> None:
-        """The daemon is back, with a new table and a new export (on the client's thread)."""
+        """The daemon is back, with a new table and a new export (on the client's thread, which tries again if this raises)."""
         with self._connecting:
             file_system, session = self._file_system, self._session
         if file_system is None or session is None:
             return  # not begun yet: it will be with this connection
-        try:
-            abandoned = file_system.nodes.rebase(_same_tree(_open_lower(welcome, self._mountpoint), file_system))
-        except (CoherencyError, OSError) as error:
-            log.warning("the daemon is back, its export is not: %s", error)
-            return
+        abandoned = file_system.nodes.rebase(_same_tree(_open_lower(welcome, self._mountpoint), file_system))
         if isinstance(file_system, CachingFileSystem):
             file_system.cache = self._make_cache(reader)  # after the nodes: what it keeps was fetched through them
         threading.Thread(
@@ -191,10 +188,7 @@ def _open_lower(welcome: Welcome, mountpoint: Path) -> int:
             raise UsageError(f"{mountpoint} lies in {tree}: the mount would contain itself; choose another mount point")
     if mountpoint in Path(os.path.realpath(lower)).parents:
         raise UsageError(f"{mountpoint} contains {lower}, which the mount would hide; choose another mount point")
-    try:
-        return os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MountError(f"cannot open the lower directory {lower}: {error.strerror}") from error
+    return open_mount(lower)
 
 
 def _same_tree(lower: int, file_system: Passthrough) -> int:

@@ -63,12 +63,19 @@ def invalidate(runtime_root: Path, name: str, *, patience: Patience | None = Non
 
 
 def served_names(runtime_root: Path) -> list[str]:
-    """The names in `runtime_root` that have a control socket, sorted.  Whether anybody listens is not asked."""
+    """The names in `runtime_root` that have a control socket, or may have one, sorted.  Whether anybody listens is not asked."""
     try:
         entries = os.listdir(runtime_root)
     except FileNotFoundError:
         return []
-    return sorted(name for name in entries if (runtime_root / name / CONTROL_SOCKET_NAME).is_socket())
+    return sorted(name for name in entries if _may_be_served(runtime_root / name))
+
+
+def _may_be_served(directory: Path) -> bool:
+    try:
+        return (directory / CONTROL_SOCKET_NAME).is_socket()
+    except PermissionError:
+        return True  # others' daemons are not to be looked at: who asks them is told so
 
 
 def require(kind: type[Answer], message: Message) -> Answer:

@@ -350,7 +350,9 @@ def test_a_posix_table_in_use_is_not_taken_from_its_daemon(socket_dir: Path) -> 
         (host.export / "file").write_text("x")
         assert agent.stat("file").st_size == 1
         before = host.status()
-        done = coherency("serve", host.share, "--name", name, "--table", "posix", "--runtime-dir", socket_dir / "else")
+        (socket_dir / "other share").mkdir()
+        elsewhere = ("--name", name, "--table", "posix", "--runtime-dir", socket_dir / "else")
+        done = coherency("serve", socket_dir / "other share", *elsewhere)
         assert done.returncode == 2
         assert f"/dev/shm/coherency-{name} is the table of another daemon of this name" in done.stderr
         assert list((socket_dir / "else").iterdir()) == []

@@ -8,17 +8,30 @@ import pytest
 
 from coherency import GuestAgent
 from coherency.guest_agent.client import Client
+from coherency.protocol import Welcome
+from coherency.shm_table import TableReader
 from tests.guests import Host
+from tests.passthrough import eventually
 
 
 @pytest.mark.expected_logs("the daemon is back, its export is not")
-def test_an_export_that_cannot_be_opened_does_not_end_the_connection(socket_dir: Path) -> None:
+@pytest.mark.expected_logs("lost the daemon", "is back, but of no use: cannot open /nowhere")
+def test_an_export_that_cannot_be_opened_is_tried_again(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The daemon may be killed again between its welcome and the opening."""
     with Host(socket_dir) as host, host.agent() as agent:
         (host.share / "file").write_text("x")
         assert agent.stat("file").st_size == 1
-        client = agent._client
-        agent._on_reconnected(client.reader, dataclasses.replace(client.welcome, export="/nowhere"))
+        use, tries = agent._use, iter([True])
+
+        def misled_once(reader: TableReader, welcome: Welcome) -> None:
+            use(reader, dataclasses.replace(welcome, export="/nowhere") if next(tries, False) else welcome)
+
+        monkeypatch.setattr(agent, "_use", misled_once)
+        before = agent._paths
+        host.daemon.kill()
+        host.serve()
+        eventually(lambda: agent._paths is not before)
+        assert next(tries, None) is None  # it was misled
         assert agent.stat("file").st_size == 1
 
 
