@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import threading
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from coherency.errors import MountError
@@ -13,6 +14,7 @@ from coherency.fuse import syscalls
 
 FILE_SYSTEM_TYPE: Final = "fuse.coherency"
 _ANSWER_TIMEOUT_S: Final = 5.0
+_MAX_SYMLINKS: Final = 40
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
 
@@ -32,6 +34,23 @@ def mounts() -> list[Mount]:
             path = _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), fields[4])
             found.append(Mount(path, os.fsdecode(after.split(b" ")[0]), int(fields[2].split(b":")[1])))
     return found
+
+
+def place_of(path: Path) -> Path:
+    """``path`` with all its symlinks resolved, without asking what is mounted there, which need not answer.
+
+    The kernel says by itself that a mounted root is no symlink.
+    """
+    place = path.absolute()
+    for _ in range(_MAX_SYMLINKS):
+        if place.name == "..":
+            return Path(os.path.realpath(place))
+        place = Path(os.path.realpath(place.parent), place.name)
+        try:
+            place = place.parent / os.readlink(place)
+        except OSError:
+            break
+    return place
 
 
 def mount_at(path: str | os.PathLike[str]) -> Mount | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from coherency.errors import MountError, UsageError
-from coherency.fuse.mounts import open_mount, remove_dead_mount
+from coherency.fuse.mounts import open_mount, place_of, remove_dead_mount
 from coherency.fuse.nodes import descriptor_budget
 from coherency.fuse.passthrough import Passthrough
 from coherency.fuse.replies import FOREVER_NS
@@ -100,9 +100,7 @@ class GuestMount:
         self._session: Session | None = None
         self._undo = contextlib.ExitStack()
         self._connecting = threading.Lock()  # the daemon may be restarted while the mount is being made
-        # Only its parent is resolved: what is mounted on it already would be asked, and need not answer.
-        place = Path(os.path.abspath(options.mountpoint))
-        self._mountpoint = Path(os.path.realpath(place.parent)) / place.name
+        self._mountpoint = place_of(options.mountpoint)
 
     def start(self) -> None:
         """Mounted and answering when this returns; nothing is left behind when it raises."""
