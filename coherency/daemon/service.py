@@ -31,7 +31,6 @@ from coherency.fuse.session import Session
 from coherency.ids import Epoch
 from coherency.protocol import Welcome
 from coherency.protocol_fields import ReportValue
-from coherency.shm_abi import read_layout
 from coherency.shm_memory import OwnedMemory, create_memfd, create_posix
 from coherency.shm_table import (
     DEFAULT_SLOT_COUNT,
@@ -92,8 +91,11 @@ class Service:
             # A name given free before would be a clean one to the next daemon, which would not wait for the rest.
             undo.callback(_wait_until, hold_until_ns)
             undo.callback(_only_daemon_of(share, options.share).close)
+            if options.posix_table:
+                refusal = f"another daemon serves from the table of '{options.name}'; choose another --name"
+                undo.callback(_mark(f"table/{options.name}", refusal).close)
             self._hand_to_group(directory.path)
-            memory, table = self._make_table(unclean=claim.unclean)
+            memory, table = self._make_table()
             self.table = table
             undo.callback(memory.close)
             undo.callback(memory.unlink)
@@ -134,21 +136,12 @@ class Service:
         if self.options.gid is not None:
             os.chown(path, -1, self.options.gid)
 
-    def _make_table(self, *, unclean: bool) -> tuple[OwnedMemory, TableWriter]:
-        """Fresh memory with a table, or the one that a killed predecessor left under a stable name.
-
-        Without a killed predecessor a table of that name is somebody else's: its daemon may well be alive.
-        """
+    def _make_table(self) -> tuple[OwnedMemory, TableWriter]:
+        """Fresh memory with a table, or the one that a killed predecessor left under a stable name."""
         memory = self._make_memory()
         try:
             if memory.existed:
                 try:
-                    read_layout(memory.words)
-                    if not unclean:
-                        raise UsageError(
-                            f"{memory.path} is the table of another daemon of this name, with another runtime directory; "
-                            "choose another --name, or remove it if nobody serves from it"
-                        )
                     return memory, TableWriter.adopt(memory.words)
                 except TableError as error:  # its owner was killed while formatting it: nobody ever served from it
                     log.warning("%s is made anew: %s", memory.path, error)
@@ -212,26 +205,31 @@ def _wait_until(at_ns: int) -> None:
 
 
 def _only_daemon_of(share: int, path: Path) -> socket.socket:
-    """What makes this process the only daemon of the directory, for as long as it is open.
+    """What makes this process the only daemon of the directory: two would not tell each other's guests of their changes.
 
-    Two daemons of one share would not announce their changes to each other's guests. A name of the machine (abstract, so
-    that it goes with the process), not a lock of the directory, which programs on the host may want for themselves.
+    Not a lock of the directory, which programs on the host may want for themselves.
     """
     status = os.fstat(share)
+    return _mark(
+        f"share/{status.st_dev}/{status.st_ino}",
+        f"another daemon serves {path} under another name: guests of the one would not see changes of the other",
+    )
+
+
+def _mark(label: str, refusal: str) -> socket.socket:
+    """A name that one process of this machine can have, until it closes it or ends. ``UsageError`` if another has it."""
     mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     deadline_ns = time.monotonic_ns() + _PREDECESSOR_ENDS_NS
     while True:
         try:
-            mark.bind(f"\0coherency/share/{status.st_dev}/{status.st_ino}")
+            mark.bind(f"\0coherency/{label}")
         except OSError as error:
-            # One that was just killed may have let go of its name already, and of this not yet.
+            # One that was just killed may have let go of its runtime directory already, and of this not yet.
             if error.errno == errno.EADDRINUSE and time.monotonic_ns() < deadline_ns:
                 time.sleep(_LOOK_AGAIN_S)
                 continue
             mark.close()
-            raise UsageError(
-                f"another daemon serves {path} under another name: guests of the one would not see changes of the other"
-            ) from error
+            raise UsageError(refusal) from error
         return mark
 
 
