@@ -28,8 +28,10 @@ from tests import mounts
 TESTS = Path(__file__).resolve().parent
 
 # A time limit per example would fail on a busy machine, and say nothing about the code.
-hypothesis.settings.register_profile("coherency", deadline=None)
-hypothesis.settings.load_profile("coherency")
+# The same examples each time: a suite that fails tells of the change. New examples: HYPOTHESIS_PROFILE=explore.
+hypothesis.settings.register_profile("coherency", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "coherency"))
 
 
 # --- 1 and 4: levels, and what a level needs ----------------------------------------------------------------------

@@ -40,6 +40,7 @@ class Hostility(RuleBasedStateMachine):
         self.serials_owed: list[int] = []
         self.answers_under_way: list[bytes] = []
         self.asked: tuple[int, int] | None = None  # when, and the hits at that moment
+        self.answered_at_ns = 0
         self.bad: dict[int, PeerId] = {}
         self.dropped: set[PeerId] = set()
         self.decoders: dict[PeerId, Decoder] = {}
@@ -87,7 +88,7 @@ class Hostility(RuleBasedStateMachine):
                 assert message.hits >= hits, "an answer that is older than the question"
             elif isinstance(message, StatusReply):
                 assert self.now_ns - asked_at_ns <= OPERATOR_PATIENCE_NS
-                self.asked = None
+                self.asked, self.answered_at_ns = None, self.now_ns
 
     # --- the good ones -----------------------------------------------------------------------------------------
 
@@ -170,7 +171,8 @@ class Hostility(RuleBasedStateMachine):
             due = self.board.next_deadline_ns
             steps = [at_ns for at_ns in (due, self.operator_must_ask_at_ns()) if at_ns is not None]
             self.now_ns = max(self.now_ns, min([end_ns, *steps]))
-            if self.asked is None and self.now_ns < end_ns:
+            must_ask_at_ns = self.operator_must_ask_at_ns()
+            if must_ask_at_ns is not None and self.now_ns >= must_ask_at_ns:
                 self.ask()  # a good operator keeps its own deadline
             self.board.tick(self.now_ns)
             self.act()
@@ -178,7 +180,7 @@ class Hostility(RuleBasedStateMachine):
                 return
 
     def operator_must_ask_at_ns(self) -> int | None:
-        return self.now_ns + 500 if self.asked is None else None
+        return self.answered_at_ns + LIMITS.opening_ns // 2 if self.asked is None else None
 
     @invariant()
     def the_good_ones_are_there(self) -> None:
