@@ -43,7 +43,8 @@ DEBIAN_PACKAGES = {
     "libfuse3-dev": Path("/usr/include/fuse3/fuse_lowlevel.h"),
 }
 MFUSEPY, MFUSEPY_ONE = "mfusepy", "mfusepy, one thread"
-OWN, OWN_QUICK, BARE, C = "coherency.fuse", "coherency.fuse, quick", "bare loop in Python", "C, libfuse3"
+OWN, OWN_ONE, OWN_QUICK = "coherency.fuse", "coherency.fuse, one thread", "coherency.fuse, quick"
+BARE, C = "bare loop in Python", "C, libfuse3"
 
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
@@ -176,6 +177,7 @@ def measure(rounds: int, environment: Path) -> dict[str, Any]:
     directory = Path(tempfile.mkdtemp(prefix="coherency-fuse-"))
     candidates: dict[str, Callable[[], Server]] = {
         OWN: lambda: own_server(OWN, "own_session.py", "ordinary"),
+        OWN_ONE: lambda: own_server(OWN_ONE, "own_session.py", "alone"),
         OWN_QUICK: lambda: own_server(OWN_QUICK, "own_session.py", "quick"),
         "pyfuse3": lambda: library_server("pyfuse3", "pyfuse3", environment),
         MFUSEPY: lambda: library_server(MFUSEPY, "mfusepy", environment, "several"),
@@ -232,11 +234,11 @@ def print_report(document: dict[str, Any]) -> None:
     for name, value in (document["machine"] | {"rounds": document["rounds"]}).items():
         print(f"{name:24} {value}")
     print(f"{'libraries':24} {', '.join(document['libraries'].values())}")
-    print(f"\n{'one GETATTR':24}{'ns':>10}{'lowest':>10}{'x ' + OWN:>20}")
+    print(f"\n{'one GETATTR':28}{'ns':>10}{'lowest':>10}{'x ' + OWN:>20}")
     for name, result in document["getattr"].items():
-        print(f"{name:24}{result['median_ns']:>10}{result['lowest_ns']:>10}{result['times_own']:>20.2f}")
+        print(f"{name:28}{result['median_ns']:>10}{result['lowest_ns']:>10}{result['times_own']:>20.2f}")
     for name, reason in document["not_available"].items():
-        print(f"{name:24}not measured: {reason}")
+        print(f"{name:28}not measured: {reason}")
 
 
 def main() -> int:

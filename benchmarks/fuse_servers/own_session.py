@@ -1,9 +1,10 @@
 """One file, served by ``coherency.fuse.session`` with all its threads and bookkeeping.
 
-    own_session.py ordinary|quick MOUNTPOINT
+    own_session.py ordinary|quick|alone MOUNTPOINT
 
 ordinary: an operation, as the daemon's export and a guest that must fetch. quick: a quick operation, as a guest in mode
-access whose versions agree. Both encode their answer anew each time, as if they had just called ``os.fstat``.
+access whose versions agree. alone: ordinary, but with a single thread, so that nothing is handed over; a real mount could
+hang with it. All encode their answer anew each time, as if they had just called ``os.fstat``.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class OneFile:
 
 def main() -> None:
     kind, mountpoint = sys.argv[1:]
-    session = Session.mount(mountpoint, OneFile(quick=kind == "quick"), source="own_session")
+    max_threads = 1 if kind == "alone" else 64
+    session = Session.mount(mountpoint, OneFile(quick=kind == "quick"), source="own_session", max_threads=max_threads)
     session.start()
     session.wait()
 
