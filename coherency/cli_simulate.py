@@ -24,7 +24,12 @@ _SEEDS: Final = 1_000_000
 @click.command("simulate")
 @click.option("--guests", type=click.IntRange(1), default=2, show_default=True, help="How many mounts.")
 @click.option(
-    "--seconds", type=float, callback=finite_seconds, default=10.0, show_default=True, help="How long they work."
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    callback=finite_seconds,
+    default=10.0,
+    show_default=True,
+    help="How long they work.",
 )
 @click.option("--seed", type=int, help="Decides who does what, and which faults happen when. [default: a new one]")
 @click.option(
@@ -32,7 +37,11 @@ _SEEDS: Final = 1_000_000
 )
 @click.option("--faults", default="none", show_default=True, help=f"all, none, or a list of: {', '.join(FAULTS)}.")
 @click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes per guest; half of them change things."
+    "--workers",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Processes per guest; half of them change things.",
 )
 @click.option("--live-dangerously", is_flag=True, help="Never bump a version: the check must find stale reads.")
 @json_option
