@@ -31,7 +31,7 @@ from coherency.guest_agent.api import RUNTIME_ROOT_VARIABLE
 from coherency.guest_agent.cache import DEFAULT_CAPACITY
 from coherency.guest_agent.client import fetch_status, invalidate, served_names
 from coherency.guest_agent.mount import MODES, GuestMount, MountOptions
-from coherency.protocol import DEFAULT_RUNTIME_ROOT
+from coherency.rendezvous import DEFAULT_RUNTIME_ROOT
 from coherency.shm_abi import MAX_SLOT_COUNT
 from coherency.shm_table import DEFAULT_SLOT_COUNT, require_platform
 

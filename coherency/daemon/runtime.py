@@ -26,7 +26,7 @@ from typing import Final
 from coherency.errors import AlreadyServing, MountError, UsageError
 from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mounts
 from coherency.fuse.syscalls import MNT_DETACH, umount
-from coherency.protocol import (
+from coherency.rendezvous import (
     CONTROL_SOCKET_NAME,
     EXPORT_DIRECTORY_NAME,
     LOCK_FILE_NAME,

@@ -27,7 +27,8 @@ from coherency.fuse.replies import DirectoryEntry
 from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
 from coherency.guest_agent.client import Client
 from coherency.guest_agent.paths import NOT_SET, Paths
-from coherency.protocol import DEFAULT_RUNTIME_ROOT, Welcome
+from coherency.protocol import Welcome
+from coherency.rendezvous import DEFAULT_RUNTIME_ROOT
 from coherency.shm_table import TableReader
 
 AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]

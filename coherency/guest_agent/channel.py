@@ -16,14 +16,13 @@ from typing import Final, NamedTuple
 
 from coherency.errors import DaemonUnavailable, ProtocolVersionError, Refused
 from coherency.protocol import (
-    CONTROL_SOCKET_NAME,
     Decoder,
     Message,
     Refusal,
     RefusalCode,
-    check_share_name,
     encode,
 )
+from coherency.rendezvous import CONTROL_SOCKET_NAME, check_share_name
 
 READ_BYTES: Final = 65536
 _DESCRIPTORS_AT_ONCE: Final = 4

@@ -13,7 +13,6 @@ from coherency.errors import MessageError
 from coherency.guest_agent.channel import Channel
 from coherency.ids import Epoch
 from coherency.protocol import (
-    CONTROL_SOCKET_NAME,
     GuestReport,
     Invalidated,
     InvalidateRequest,
@@ -21,6 +20,7 @@ from coherency.protocol import (
     StatusReply,
     StatusRequest,
 )
+from coherency.rendezvous import CONTROL_SOCKET_NAME
 
 Answer = TypeVar("Answer")
 
