@@ -11,6 +11,9 @@ NodeId = NewType("NodeId", int)
 SlotIndex = NewType("SlotIndex", int)
 """Number of a slot of the version table, from 0.  Not an index of a word: the header lies before the slots."""
 
+GrantKey = NewType("GrantKey", int)
+"""What a guest registers before its kernel may cache: see `coherency.leases`."""
+
 Version = NewType("Version", int)
 """Value of a slot's word: even when settled, odd while a change is in flight."""
 

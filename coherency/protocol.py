@@ -16,7 +16,6 @@ Rules:
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from dataclasses import dataclass, field, fields
@@ -25,30 +24,12 @@ from typing import Annotated, Any, Final, NamedTuple, get_args, get_type_hints
 
 import msgpack
 
-from coherency.errors import FrameError, MessageError, PeerError, ProtocolVersionError, UsageError
-from coherency.protocol_fields import MAX_ITEMS, Choice, Flag, Kind, Path, Report, ReportValue, Text, Unsigned
+from coherency.errors import FrameError, MessageError, PeerError, ProtocolVersionError
+from coherency.ids import GrantKey
+from coherency.leases import MAX_KEYS_PER_MESSAGE
+from coherency.protocol_fields import MAX_ITEMS, Choice, Flag, Keys, Kind, Path, Report, ReportValue, Text, Unsigned
 
 PROTOCOL_VERSION: Final = 1
-
-# --- where the socket is: the rendezvous in the runtime directory --------------------------------------------------
-
-DEFAULT_RUNTIME_ROOT: Final = "/run/coherency"
-CONTROL_SOCKET_NAME: Final = "control.sock"
-TABLE_LINK_NAME: Final = "table"
-EXPORT_DIRECTORY_NAME: Final = "export"
-LOCK_FILE_NAME: Final = "lock"
-_SHARE_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-
-
-def check_share_name(name: str) -> str:
-    """Return `name` if it may name a daemon's directory: 1 to 64 of ``A-Za-z0-9._-``, not starting with a dot.
-
-    Raises `UsageError` otherwise.
-    """
-    if not _SHARE_NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is not a name: use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.'")
-    return name
-
 
 # --- frames --------------------------------------------------------------------------------------------------------
 
@@ -69,6 +50,7 @@ ModeField = Annotated[str, Choice(MODES)]
 PathField = Annotated[str, Path()]
 SHORT_TEXT_BYTES: Final = 64
 ShortText = Annotated[str, Text(1, SHORT_TEXT_BYTES)]
+KeysField = Annotated[tuple[GrantKey, ...], Keys(MAX_KEYS_PER_MESSAGE)]
 
 
 class RefusalCode(IntEnum):
@@ -84,19 +66,30 @@ class RefusalCode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A guest introduces itself.  `pid` is its own idea of its process id: in a VM it is nobody's on the host."""
+    """A guest introduces itself.  `pid` is its own idea of its process id: in a VM it is nobody's on the host.
+
+    `former` is the session of its connection before this one, 0 if there was none.  Saying hello asserts that the
+    guest's kernel has nothing any more of what was granted then.
+    """
 
     name: ShortText
     pid: U32
     mode: ModeField
+    former: U64
     protocol: U32 = field(default=PROTOCOL_VERSION, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The daemon takes the guest in; the frame carries the table's read-only descriptor."""
+    """The daemon takes the guest in; the frame carries the table's read-only descriptor.
+
+    `session` is random and never 0.  `lease_ns` is how long the guest may grant, counted from the sending of its Hello
+    and of each Renew that is answered.
+    """
 
     guest_id: U32
+    session: U64
+    lease_ns: U64
     table_id_high: U64
     table_id_low: U64
     table_bytes: U64
@@ -183,6 +176,75 @@ class Invalidated:
     epoch: U64
 
 
+@dataclass(frozen=True, slots=True)
+class Register:
+    """A guest wants to be told before what these keys stand for changes.  `serial` rises and never repeats in a session."""
+
+    session: U64
+    serial: U64
+    keys: KeysField
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """It will be: from the keys of this registration a guest may grant, in this epoch, until they are recalled."""
+
+    session: U64
+    serial: U64
+    epoch: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The guest's kernel has nothing any more of what these keys stand for, and it need not be told."""
+
+    session: U64
+    keys: KeysField
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Forget what these keys stand for, grant no more of it until it is registered again, and say so.  No keys: all.
+
+    `serial` counts the recalls of this guest from 1.
+    """
+
+    session: U64
+    serial: U64
+    keys: KeysField
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The guest has done so for all recalls up to this one."""
+
+    session: U64
+    serial: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """The guest is alive.  `serial` rises with each."""
+
+    session: U64
+    serial: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The lease has begun anew when that Renew was sent.  A guest that owes an Ack does not get it."""
+
+    session: U64
+    serial: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """The guest's lease is over: it must forget everything before it says hello again.  The daemon hangs up."""
+
+    session: U64
+
+
 Message = (
     Hello
     | Welcome
@@ -195,6 +257,14 @@ Message = (
     | StatusReply
     | InvalidateRequest
     | Invalidated
+    | Register
+    | Confirm
+    | Release
+    | Recall
+    | Ack
+    | Renew
+    | Renewed
+    | Evicted
 )
 
 
@@ -229,9 +299,15 @@ CATALOGUE: Final = (
     Entry(0x22, StatusReply, (Side.DAEMON,)),
     Entry(0x23, InvalidateRequest, (Side.OPERATOR,), (Invalidated, Refusal)),
     Entry(0x24, Invalidated, (Side.DAEMON,)),
+    Entry(0x30, Register, (Side.GUEST,), (Confirm,)),
+    Entry(0x31, Confirm, (Side.DAEMON,)),
+    Entry(0x32, Release, (Side.GUEST,)),
+    Entry(0x33, Recall, (Side.DAEMON,), (Ack,)),
+    Entry(0x34, Ack, (Side.GUEST,)),
+    Entry(0x35, Renew, (Side.GUEST,), (Renewed,)),
+    Entry(0x36, Renewed, (Side.DAEMON,)),
+    Entry(0x37, Evicted, (Side.DAEMON,)),
 )
-RESERVED_TYPE_IDS: Final = range(0x30, 0x50)
-"""Kept for registrations, recalls and leases."""
 
 
 class _Layout(NamedTuple):

@@ -6,6 +6,7 @@ A kind converts in both directions and refuses with `ValueError` what is no such
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -117,6 +118,30 @@ class Choice:
         return self.words[self.words.index(value)]
 
     dump = load
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Grant keys: u32 after u32, little-endian, in one binary. In Python a tuple."""
+
+    max_keys: int
+
+    @property
+    def notation(self) -> str:
+        return f"keys 0..{self.max_keys}"
+
+    def load(self, value: object) -> tuple[int, ...]:
+        if type(value) is not bytes or len(value) % 4 or len(value) > 4 * self.max_keys:
+            raise ValueError(f"not {self.notation}")
+        return struct.unpack(f"<{len(value) // 4}I", value)
+
+    def dump(self, value: tuple[int, ...]) -> bytes:
+        if len(value) > self.max_keys:
+            raise ValueError(f"not {self.notation}")
+        try:
+            return struct.pack(f"<{len(value)}I", *value)
+        except struct.error:
+            raise ValueError(f"not {self.notation}") from None
 
 
 ReportValue = int | str

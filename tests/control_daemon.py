@@ -44,7 +44,7 @@ class ControlDaemon:
         self.path = self.claim.directory.control_socket
         self.server = ControlServer(
             self.path,
-            welcome=Welcome(0, *table_id, table_bytes, trust_ns, "/share", str(self.claim.directory.export)),
+            welcome=Welcome(0, 5, 9 * 10**9, *table_id, table_bytes, trust_ns, "/share", str(self.claim.directory.export)),
             table_fd=self.table_fd,
             status=lambda: {**REPORT, "epoch": self.table.statistics().epoch},
             invalidate=self.table.advance_epoch,

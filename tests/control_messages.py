@@ -9,7 +9,7 @@ import msgpack
 from hypothesis import strategies as st
 
 from coherency.protocol import CATALOGUE, MAGIC, Message, wire_fields
-from coherency.protocol_fields import REPORT_KEYS, Choice, Flag, Kind, Path, Report, ReportValue, Text, Unsigned
+from coherency.protocol_fields import REPORT_KEYS, Choice, Flag, Keys, Kind, Path, Report, ReportValue, Text, Unsigned
 
 REPORT: Mapping[str, ReportValue] = {
     "name": "share-1",
@@ -47,6 +47,8 @@ def values(kind: Kind) -> st.SearchStrategy[Any]:
             .map(lambda raw: raw.replace(b"\0", b"/"))
             .map(lambda raw: raw.decode("utf-8", "surrogateescape"))
         )
+    if isinstance(kind, Keys):
+        return st.lists(st.integers(0, 2**32 - 1), max_size=20).map(tuple)
     assert isinstance(kind, Report)
     required = st.fixed_dictionaries({name: values(entry) for name, entry in REPORT_KEYS.items()})
     others = st.dictionaries(texts(kind.key), values(kind.number) | texts(kind.text), max_size=20)

@@ -11,7 +11,19 @@ from enum import Enum
 from typing import Final, NamedTuple, NewType
 
 from coherency.errors import MessageError
-from coherency.protocol import Decoder, Goodbye, Hello, InvalidateRequest, Message, Statistics, StatusRequest
+from coherency.protocol import (
+    Ack,
+    Decoder,
+    Goodbye,
+    Hello,
+    InvalidateRequest,
+    Message,
+    Register,
+    Release,
+    Renew,
+    Statistics,
+    StatusRequest,
+)
 
 
 class PeerState(Enum):
@@ -34,6 +46,7 @@ class PeerEvent(Enum):
     DEADLINE = "deadline"
 
 
+_OF_GRANTS: Final = (Register, Release, Ack, Renew)
 _OPEN_STATES: Final = tuple(state for state in PeerState if state is not PeerState.CLOSED)
 
 TRANSITIONS: Final[Mapping[tuple[PeerState, type[Message] | PeerEvent], PeerState]] = {
@@ -47,6 +60,8 @@ TRANSITIONS: Final[Mapping[tuple[PeerState, type[Message] | PeerEvent], PeerStat
     (PeerState.OPERATOR, StatusRequest): PeerState.OPERATOR_ASKING,
     (PeerState.OPERATOR, InvalidateRequest): PeerState.OPERATOR,
     (PeerState.OPERATOR_ASKING, PeerEvent.ANSWERED): PeerState.OPERATOR,
+    **{(PeerState.GUEST, message): PeerState.GUEST for message in _OF_GRANTS},
+    **{(PeerState.GUEST_ASKING, message): PeerState.GUEST_ASKING for message in _OF_GRANTS},
     **{(state, Goodbye): PeerState.CLOSED for state in _OPEN_STATES},
     **{(state, PeerEvent.END): PeerState.CLOSED for state in _OPEN_STATES},
     **{(state, PeerEvent.FAULT): PeerState.CLOSED for state in _OPEN_STATES},

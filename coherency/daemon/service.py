@@ -116,7 +116,7 @@ class Service:
         undo.callback(os.close, read_only)
         high, low = table.table_id
         welcome = Welcome(
-            0, high, low, table.table_bytes, TRUST_NS, os.path.abspath(options.share), str(directory.export)
+            0, 0, 0, high, low, table.table_bytes, TRUST_NS, os.path.abspath(options.share), str(directory.export)
         )
         self.server = ControlServer(
             directory.control_socket,

@@ -189,7 +189,7 @@ class Client:
         Raises `DaemonUnavailable` if nobody serves the name, `Refused`, `ProtocolVersionError`, another `PeerError`, or
         `TableError` if the daemon's table is of no use to us, and `UsageError` for an impossible name or mode.
         """
-        hello = Hello(name=guest_name, pid=os.getpid(), mode=mode)
+        hello = Hello(name=guest_name, pid=os.getpid(), mode=mode, former=0)
         try:
             encode(hello)
         except ValueError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coherency import protocol
+from coherency import protocol, rendezvous
 from coherency.daemon.peer_states import TRANSITIONS, PeerEvent, PeerState
 from coherency.daemon.runtime import DIRECTORY_MODE
 from coherency.daemon.server import SOCKET_MODE
@@ -58,12 +58,12 @@ def test_the_version_is_in_the_title() -> None:
 def test_rendezvous() -> None:
     names = [plain(row["entry"]) for row in table("1. Rendezvous", "entry")]
     assert names == [
-        protocol.LOCK_FILE_NAME,
-        protocol.CONTROL_SOCKET_NAME,
-        protocol.TABLE_LINK_NAME,
-        protocol.EXPORT_DIRECTORY_NAME,
+        rendezvous.LOCK_FILE_NAME,
+        rendezvous.CONTROL_SOCKET_NAME,
+        rendezvous.TABLE_LINK_NAME,
+        rendezvous.EXPORT_DIRECTORY_NAME,
     ]
-    assert f"`{protocol.DEFAULT_RUNTIME_ROOT}`" in section("1. Rendezvous")
+    assert f"`{rendezvous.DEFAULT_RUNTIME_ROOT}`" in section("1. Rendezvous")
     assert f"stream, mode {SOCKET_MODE:04o}" in section("1. Rendezvous")
     assert f"`ROOT/NAME`, mode {DIRECTORY_MODE:04o}" in section("1. Rendezvous")
 
@@ -126,12 +126,9 @@ def test_report() -> None:
     assert f"from `{report.key.notation}` to values" in section("StatusReply")
 
 
-def test_type_ids_are_unique_and_outside_the_reserve() -> None:
+def test_type_ids_are_unique() -> None:
     ids = [entry.type_id for entry in CATALOGUE]
     assert len(ids) == len(set(ids)) == len(MESSAGES)
-    assert not set(ids) & set(protocol.RESERVED_TYPE_IDS)
-    reserve = protocol.RESERVED_TYPE_IDS
-    assert f"{reserve.start:#x} to {reserve.stop - 1:#x}" in SPEC
 
 
 def test_every_first_message_begins_with_the_version() -> None:

@@ -26,14 +26,14 @@ from coherency.protocol import (
     StatisticsRequest,
     StatusReply,
     StatusRequest,
-    check_share_name,
     decode_payload,
     encode,
 )
 from coherency.protocol_fields import MAX_ITEMS, Choice, Flag, Kind, Path, Report, Text, Unsigned
+from coherency.rendezvous import check_share_name
 from tests.control_messages import REPORT, frame, messages, packed
 
-HELLO = Hello(name="guest-1", pid=4711, mode="access")
+HELLO = Hello(name="guest-1", pid=4711, mode="access", former=0)
 
 
 def fed(data: bytes, cuts: list[int]) -> tuple[list[Message], PeerError | None]:
@@ -77,7 +77,7 @@ def test_any_cuts(sent: list[Message], cuts: list[int]) -> None:
 
 def test_the_bytes_of_a_hello_are_those_of_the_specification() -> None:
     """Frozen: a change of these bytes is another version of the protocol."""
-    header, payload = "434f483115000000a978b757", "950101a767756573742d31cd1267a6616363657373"
+    header, payload = "434f483116000000f9ee2744", "960101a767756573742d31cd1267a661636365737300"
     assert encode(HELLO).hex() == header + payload
 
 
@@ -162,7 +162,9 @@ NO_MESSAGES: dict[str, object] = {
     "text type id": ["Hello"],
     "true as type id": [True],
     "unknown type id": [0x7F],
-    "reserved type id": [0x30],
+    "keys that are no multiple of four bytes": [0x32, 1, bytes(7)],
+    "more keys than one message may have": [0x32, 1, bytes(4 * 4097)],
+    "keys as a list": [0x32, 1, [1, 2]],
     "negative type id": [-1],
     "huge type id": [2**64 - 1],
     "too few fields": [0x11, 1, *COUNTERS[1:]],
@@ -174,19 +176,19 @@ NO_MESSAGES: dict[str, object] = {
     "nil as number": [0x10, None],
     "negative": [0x10, -1],
     "beyond 32 bits": [0x10, 2**32],
-    "empty name": [0x01, 1, "", 1, "none"],
-    "long name": [0x01, 1, "n" * 65, 1, "none"],
-    "long name in bytes only": [0x01, 1, "é" * 33, 1, "none"],
-    "binary name": [0x01, 1, b"name", 1, "none"],
-    "line break in a name": [0x01, 1, "guest\ndropping peer 7", 1, "none"],
-    "terminal escape in a name": [0x01, 1, "\x1b[2J", 1, "none"],
-    "unknown mode": [0x01, 1, "name", 1, "writeback"],
-    "list as mode": [0x01, 1, "name", 1, ["none"]],
-    "list as name": [0x01, 1, ["name"], 1, "none"],
-    "nul in a path": [0x02, 1, 1, 1, 1, 1, 1, b"/a\0b", b"/e"],
-    "empty path": [0x02, 1, 1, 1, 1, 1, 1, b"", b"/e"],
-    "long path": [0x02, 1, 1, 1, 1, 1, 1, b"/" * 4096, b"/e"],
-    "text as path": [0x02, 1, 1, 1, 1, 1, 1, "/a", b"/e"],
+    "empty name": [0x01, 1, "", 1, "none", 0],
+    "long name": [0x01, 1, "n" * 65, 1, "none", 0],
+    "long name in bytes only": [0x01, 1, "é" * 33, 1, "none", 0],
+    "binary name": [0x01, 1, b"name", 1, "none", 0],
+    "line break in a name": [0x01, 1, "guest\ndropping peer 7", 1, "none", 0],
+    "terminal escape in a name": [0x01, 1, "\x1b[2J", 1, "none", 0],
+    "unknown mode": [0x01, 1, "name", 1, "writeback", 0],
+    "list as mode": [0x01, 1, "name", 1, ["none"], 0],
+    "list as name": [0x01, 1, ["name"], 1, "none", 0],
+    "nul in a path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, b"/a\0b", b"/e"],
+    "empty path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, b"", b"/e"],
+    "long path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, b"/" * 4096, b"/e"],
+    "text as path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, "/a", b"/e"],
     "number as flag": [0x21, 1, "n", 1, "none", 0, 1, *COUNTERS],
     "version as text": [0x20, "1"],
     "no version": [0x20],
@@ -298,9 +300,9 @@ def test_a_decoder_holds_less_than_a_frame_however_much_it_is_fed() -> None:
         StatisticsRequest(2**32),
         StatisticsRequest(True),
         Statistics(1, 2**64, 0, 0, 0, 0),
-        Hello(name="", pid=1, mode="none"),
-        Hello(name="a\tb", pid=1, mode="none"),
-        Hello(name="a", pid=1, mode="sometimes"),
+        Hello(name="", pid=1, mode="none", former=0),
+        Hello(name="a\tb", pid=1, mode="none", former=0),
+        Hello(name="a", pid=1, mode="sometimes", former=0),
         Refusal(1, ""),
         StatusReply({}),
         StatusReply({**REPORT, "share": ""}),

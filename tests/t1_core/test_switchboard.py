@@ -33,9 +33,9 @@ from tests.control_messages import REPORT, frame, packed
 
 OWN_UID = 1000
 ROOT, OWNER, STRANGER = Credentials(10, 0), Credentials(11, OWN_UID), Credentials(12, 1001)
-HELLO = Hello(name="g", pid=1, mode="access")
+HELLO = Hello(name="g", pid=1, mode="access", former=0)
 COUNTERS = Statistics(0, 1, 2, 3, 4, 5)
-WELCOME = Welcome(0, 7, 8, 4096, 10**9, "/share", "/export")
+WELCOME = Welcome(0, 5, 9 * 10**9, 7, 8, 4096, 10**9, "/share", "/export")
 LIMITS = Limits(peers=8, opening_ns=1000, frame_ns=500, statistics_ns=100)
 
 
@@ -70,7 +70,7 @@ class Bench:
 
     def guest(self, name: str = "g") -> PeerId:
         peer = self.open()
-        self.send(peer, Hello(name=name, pid=1, mode="access"))
+        self.send(peer, Hello(name=name, pid=1, mode="access", former=0))
         assert [type(message) for message in self.take(peer)] == [Welcome]
         return peer
 
@@ -124,7 +124,7 @@ def test_a_guest_is_welcomed_with_an_id_of_its_own() -> None:
         peer = bench.open()
         bench.send(peer, HELLO)
         (welcome,) = bench.take(peer)
-        assert welcome == Welcome(expected_id, 7, 8, 4096, 10**9, "/share", "/export")
+        assert welcome == Welcome(expected_id, 5, 9 * 10**9, 7, 8, 4096, 10**9, "/share", "/export")
     bench.hang_up(PeerId(1))
     assert [guest.guest_id for guest in bench.board.guests()] == [2]
     bench.guest()
@@ -172,7 +172,7 @@ def test_a_stream_that_ends_inside_a_frame_is_cut_off() -> None:
 def test_a_welcome_that_cannot_be_sent_is_refused_before_there_are_guests() -> None:
     with pytest.raises(ValueError, match=r"Welcome\.share"):
         Switchboard(
-            welcome=Welcome(0, 7, 8, 4096, 10**9, "", "/export"),
+            welcome=Welcome(0, 5, 9 * 10**9, 7, 8, 4096, 10**9, "", "/export"),
             status=lambda: REPORT,
             invalidate=lambda: Epoch(1),
             own_uid=OWN_UID,

@@ -45,7 +45,7 @@ class Hostility(RuleBasedStateMachine):
         self.dropped: set[PeerId] = set()
         self.decoders: dict[PeerId, Decoder] = {}
         self.board = Switchboard(
-            welcome=Welcome(0, 1, 2, 4096, 10**9, "/share", "/export"),
+            welcome=Welcome(0, 5, 9 * 10**9, 1, 2, 4096, 10**9, "/share", "/export"),
             status=lambda: REPORT,
             invalidate=lambda: Epoch(1),
             own_uid=0,
@@ -55,7 +55,7 @@ class Hostility(RuleBasedStateMachine):
     @initialize()
     def good_peers_come(self) -> None:
         self.guest, self.operator = self.open(), self.open()
-        self.feed(self.guest, encode(Hello(name="good", pid=1, mode="access")))
+        self.feed(self.guest, encode(Hello(name="good", pid=1, mode="access", former=0)))
         self.ask()
 
     def open(self) -> PeerId:
@@ -125,7 +125,7 @@ class Hostility(RuleBasedStateMachine):
     @rule(which=BAD, name=st.sampled_from(["bad", "good too"]))
     def become_a_guest(self, which: int, name: str) -> None:
         if which in self.bad:
-            self.feed(self.bad[which], encode(Hello(name=name, pid=1, mode="none")))
+            self.feed(self.bad[which], encode(Hello(name=name, pid=1, mode="none", former=0)))
 
     @precondition(lambda self: self.bad)
     @rule(which=BAD)

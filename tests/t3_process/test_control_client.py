@@ -282,7 +282,7 @@ class FakeDaemon:
 
 TABLE_ID = (3, 4)
 TABLE_BYTES = bytes_needed(512)
-WELCOME = Welcome(1, *TABLE_ID, TABLE_BYTES, TRUST_NS, "/share", "/export")
+WELCOME = Welcome(1, 5, 9 * 10**9, *TABLE_ID, TABLE_BYTES, TRUST_NS, "/share", "/export")
 
 
 def a_table() -> int:
@@ -314,8 +314,8 @@ def test_negative_control_a_fake_that_does_everything_right_is_believed(socket_d
         assert client.reader.trusted_until_ns > 0
 
 
-OTHER_ID = Welcome(1, 3, 5, TABLE_BYTES, TRUST_NS, "/share", "/export")
-OTHER_SIZE = Welcome(1, *TABLE_ID, TABLE_BYTES * 2, TRUST_NS, "/share", "/export")
+OTHER_ID = Welcome(1, 5, 9 * 10**9, 3, 5, TABLE_BYTES, TRUST_NS, "/share", "/export")
+OTHER_SIZE = Welcome(1, 5, 9 * 10**9, *TABLE_ID, TABLE_BYTES * 2, TRUST_NS, "/share", "/export")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ OTHER_SIZE = Welcome(1, *TABLE_ID, TABLE_BYTES * 2, TRUST_NS, "/share", "/export
         (encode(Refusal(RefusalCode.FULL, "no room")), [], Refused, "no room"),
         (encode(Refusal(99, "for reasons of our own")), [], Refused, "for reasons of our own .code 99"),
         (encode(Invalidated(1)), [], MessageError, "Invalidated instead of Welcome"),
-        (encode(Hello(name="x", pid=1, mode="none")), [], MessageError, "Hello instead of Welcome"),
+        (encode(Hello(name="x", pid=1, mode="none", former=0)), [], MessageError, "Hello instead of Welcome"),
         (encode(WELCOME), [], MessageError, "0 descriptors"),
         (encode(WELCOME), [a_table, a_table], MessageError, "2 descriptors"),
         (encode(WELCOME), [a_table] * 50, MessageError, "descriptors"),

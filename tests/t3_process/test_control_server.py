@@ -45,7 +45,7 @@ from tests.control_messages import REPORT, frame
 from tests.waiting import until
 
 QUICK = Limits(opening_ns=400_000_000, frame_ns=200_000_000, statistics_ns=10_000_000_000)
-HELLO = encode(Hello(name="raw", pid=1, mode="none"))
+HELLO = encode(Hello(name="raw", pid=1, mode="none", former=0))
 COUNTERS = SimpleNamespace(hits=1, misses=2, refreshes=3, lower_requests=4, entries=5)
 PATIENCE_S = 20.0
 
@@ -210,7 +210,7 @@ def silence(peer: RawPeer) -> None:
 def dribble(peer: RawPeer) -> None:
     """A byte at a time, each in good time, all together too late."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        for byte in encode(Hello(name="x" * 64, pid=1, mode="none")):
+        for byte in encode(Hello(name="x" * 64, pid=1, mode="none", former=0)):
             peer.sock.send(bytes([byte]))
             if select.select([peer.sock], [], [], 0.01)[0]:
                 return
@@ -227,7 +227,7 @@ DROPPED = r"dropping .*peer \d+ \(pid \d+, uid \d+\): "
         (oversized, RefusalCode.FAULT, "a payload of 1073741824 bytes"),
         (endless, RefusalCode.FAULT, "a payload of "),
         (wrong_checksum, RefusalCode.FAULT, "a payload with another checksum"),
-        (wrong_fields, RefusalCode.FAULT, "Hello: 1 fields instead of 4"),
+        (wrong_fields, RefusalCode.FAULT, "Hello: 1 fields instead of 5"),
         (wrong_moment, RefusalCode.FAULT, "Hello does not belong into the state 'guest'"),
         (newer_version, RefusalCode.VERSION, "Hello: the peer speaks version 2, we speak 1"),
         (half_a_frame, RefusalCode.LATE, "began a frame and did not finish it within 0.2 s"),
@@ -503,7 +503,7 @@ def test_close_ends_everything_and_may_be_repeated(socket_dir: Path) -> None:
 def unstarted(path: Path) -> ControlServer:
     return ControlServer(
         path,
-        welcome=Welcome(0, 1, 2, 4096, 1, "/s", "/e"),
+        welcome=Welcome(0, 5, 9 * 10**9, 1, 2, 4096, 1, "/s", "/e"),
         table_fd=0,
         status=lambda: REPORT,
         invalidate=lambda: pytest.fail("not called"),
