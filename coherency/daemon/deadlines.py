@@ -30,6 +30,12 @@ class Deadlines(Generic[Key]):
     def __contains__(self, key: Key) -> bool:
         return key in self._at_ns
 
+    def __getitem__(self, key: Key) -> int:
+        return self._at_ns[key]
+
+    def __len__(self) -> int:
+        return len(self._at_ns)
+
     @property
     def next_ns(self) -> int | None:
         """The earliest deadline."""
