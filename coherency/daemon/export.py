@@ -10,6 +10,7 @@ from __future__ import annotations
 from coherency.daemon.changes import Change, Changes
 from coherency.fuse.codec import Request
 from coherency.fuse.passthrough import Passthrough
+from coherency.fuse.tree import Leaving
 from coherency.ids import HostInode
 
 
@@ -23,5 +24,5 @@ class Export(Passthrough):
         super().__init__(share, descriptor_limit=descriptor_limit)
         self._changes = changes
 
-    def changing(self, request: Request, *inodes: HostInode) -> Change:
+    def changing(self, request: Request, *inodes: HostInode, leaving: tuple[Leaving, ...] = ()) -> Change:
         return self._changes.change(inodes, request)

@@ -20,7 +20,7 @@ from coherency.fuse.credentials import permits
 from coherency.fuse.nodes import Node
 from coherency.fuse.openfiles import FileOperations
 from coherency.fuse.session import NO_REPLY, Operation, Reply
-from coherency.fuse.tree import OpenFile, drop_set_ids
+from coherency.fuse.tree import Leaving, OpenFile, drop_set_ids
 
 _RENAME_EXCHANGE: Final = 1 << 1
 _RENAME_WHITEOUT: Final = 1 << 2
@@ -95,10 +95,11 @@ class Passthrough(FileOperations):
     def _remove(self, request: Request, remove: Callable[[bytes, int], None]) -> Reply:
         parent, name = self.nodes.get(request.node), request.body.name
         with self.nodes.open(parent) as at:
-            touched = [parent.ino]
+            touched, ino = [parent.ino], None
             if self.tracks_changes:
-                touched.append(self.nodes.inode_number(os.stat(name, dir_fd=at, follow_symlinks=False)))
-            with self.changing(request, *touched):
+                ino = self.nodes.inode_number(os.stat(name, dir_fd=at, follow_symlinks=False))
+                touched.append(ino)
+            with self.changing(request, *touched, leaving=(Leaving(parent, name, ino),)):
                 remove(name, at)
         return ()
 
@@ -108,12 +109,14 @@ class Passthrough(FileOperations):
         with self.nodes.open(parent) as at, self.nodes.open(new_parent) as new_at:
             moved = os.stat(body.name, dir_fd=at, follow_symlinks=False)
             touched = [parent.ino, new_parent.ino, self.nodes.inode_number(moved)]
+            leaving = [Leaving(parent, body.name, touched[-1])]
             try:
                 replaced = os.stat(body.new_name, dir_fd=new_at, follow_symlinks=False)
                 touched.append(self.nodes.inode_number(replaced))
+                leaving.append(Leaving(new_parent, body.new_name, touched[-1]))
             except FileNotFoundError:
                 replaced = None
-            with self.changing(request, *touched) as change:
+            with self.changing(request, *touched, leaving=tuple(leaving)) as change:
                 if body.flags & _RENAME_WHITEOUT:  # which the file system makes where the name was
                     self.credentials.become(request.uid, request.gid, 0)
                 syscalls.renameat2(at, body.name, new_at, body.new_name, body.flags)

@@ -2,8 +2,9 @@
 
 Two hooks:
 
-* ``changing(request, *inodes)`` surrounds each system call that changes metadata. The inodes are all that the
-  call touches and that exist before it; ``touch`` adds those that came into being, before anybody can find them.
+* ``changing(request, *inodes, leaving=...)`` surrounds each system call that changes metadata. The inodes are all that
+  the call touches and that exist before it; ``touch`` adds those that came into being, before anybody can find them.
+  ``leaving`` are the names that the call takes away, or lets lead to something else.
 * ``look_up``, ``attributes`` and the reading operations can be overridden by who has the answer already.
 """
 
@@ -15,7 +16,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from coherency.fuse import abi, replies, syscalls
 from coherency.fuse.abi import InitFlag
@@ -26,6 +27,14 @@ from coherency.fuse.session import QuickOperation, Reply
 from coherency.ids import HostInode
 
 _O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Leaving(NamedTuple):
+    """A name that a change takes away. ``ino`` is what it leads to, if somebody who tracks changes has looked."""
+
+    parent: Node
+    name: bytes
+    ino: HostInode | None
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ class Tree:
 
     # ---- hooks ----
 
-    def changing(self, request: Request, *inodes: HostInode) -> Change:
-        """Surrounds a system call that changes the metadata of ``inodes``."""
+    def changing(self, request: Request, *inodes: HostInode, leaving: tuple[Leaving, ...] = ()) -> Change:
+        """Surrounds a system call that changes the metadata of ``inodes``, and takes the names ``leaving`` away."""
         return Unwatched()
 
     def look_up(self, parent: Node, at: int, name: bytes) -> tuple[Node, bytes]:
