@@ -242,9 +242,9 @@ class Ledger:
 
         If the round is not `pending`, nothing is owed already, and `wake` is not called.
         """
-        owed = dict(self._sweeps)
-        told: dict[_Guest, list[GrantKey]] = {}
         keys = tuple(dict.fromkeys(keys))
+        owed = dict(self._sweeps) if keys else {}
+        told: dict[_Guest, list[GrantKey]] = {}
         for key in keys:
             for guest, serial in self._owed.get(key, {}).items():
                 owed[guest] = max(serial, owed.get(guest, 0))
