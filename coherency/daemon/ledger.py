@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sortedcontainers import SortedDict
 
@@ -301,7 +301,7 @@ class Ledger:
     def _checked(self, keys: Collection[int]) -> set[GrantKey]:
         if keys and not 0 <= min(keys) <= max(keys) < self._key_count:
             raise MessageError(f"names a key beyond the table's {self._key_count}")
-        return {GrantKey(key) for key in keys}
+        return cast("set[GrantKey]", set(keys))
 
     def _seated(self, seats: int) -> Iterator[_Guest]:
         while seats:

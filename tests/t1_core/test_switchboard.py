@@ -329,6 +329,7 @@ def test_deadlines() -> None:
     deadlines.clear("d")
     deadlines.clear("never set")
     assert deadlines.statistics() == (3, 20)
+    assert (len(deadlines), deadlines["b"]) == (3, 40)
     assert deadlines.pop_due(19) is None
     assert [deadlines.pop_due(40) for _ in range(4)] == ["c", "a", "b", None]
     assert "b" not in deadlines
