@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
-from tests import mounts
-from tests.passthrough_server import Options
+from tests import mounts, passthrough_server
 
 TIMEOUT_S = 30.0
 
@@ -23,14 +22,24 @@ TIMEOUT_S = 30.0
 class Served:
     """``directory`` as seen through ``mountpoint``. A context manager; nothing may have been logged when it ends."""
 
-    def __init__(self, directory: Path, mountpoint: Path, *, log: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        mountpoint: Path,
+        *,
+        log: Path,
+        server: ModuleType = passthrough_server,
+        pass_fds: tuple[int, ...] = (),
+        **options: Any,
+    ) -> None:
+        """``server``: the module that serves it, with its ``Options``."""
         self.directory, self.mountpoint, self._log = directory, mountpoint, log
         self.logs_expected = False
         self.writeback = bool(options.get("kernel_cache", {}).get("writeback"))
         with open(log, "wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.passthrough_server", directory, mountpoint, json.dumps(asdict(Options(**options)))],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                [sys.executable, "-m", server.__name__, directory, mountpoint, json.dumps(asdict(server.Options(**options)))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=pass_fds,
             )  # fmt: skip
         self._answer("start")
 

@@ -147,7 +147,11 @@ class Server:
 def main() -> None:
     directory, mountpoint, options = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING)
-    server = Server(directory, mountpoint, Options(**json.loads(options)))
+    answer_questions(Server(directory, mountpoint, Options(**json.loads(options))))
+
+
+def answer_questions(server: Any) -> None:
+    """Until the end of standard input: every method of ``server`` is a question, and ``close`` comes last."""
     _say(None, None)
     for line in sys.stdin:
         method, arguments = json.loads(line)

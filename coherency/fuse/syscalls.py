@@ -11,11 +11,15 @@ import ctypes
 import errno
 import os
 import struct
+import sys
+from collections.abc import Sequence
 from typing import Any, Final
 
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
 AT_SYMLINK_NOFOLLOW: Final = 0x100
+AT_NO_AUTOMOUNT: Final = 0x800
+AT_STATX_FORCE_SYNC: Final = 0x2000
 AT_STATX_DONT_SYNC: Final = 0x4000
 AT_STATX_SYNC_TYPE: Final = 0x6000
 UTIME_NOW: Final = (1 << 30) - 1
@@ -24,22 +28,32 @@ MS_NODEV: Final = 4
 MNT_FORCE: Final = 1
 MNT_DETACH: Final = 2
 CLONE_FS: Final = 0x200
+STATX_INO: Final = 0x100
 STATX_BASIC_STATS: Final = 0x7FF
 STATX_BTIME: Final = 0x800
 STATX_BYTES: Final = 256
 
 _SYS_GETDENTS64: Final = 217
+_SYS_OPEN_TREE: Final = 428
 _SYS_OPENAT2: Final = 437
 _RESOLVE_NO_SYMLINKS: Final = 0x04
 _RESOLVE_BENEATH: Final = 0x08
+_OPEN_TREE_CLONE: Final = 1
+_PR_SET_PDEATHSIG: Final = 1
 _PR_GET_SECUREBITS: Final = 27
 _PR_SET_SECUREBITS: Final = 28
 _SECBIT_NO_SETUID_FIXUP: Final = 1 << 2
 _HANDLE_BYTES: Final = 128
 _handle_head = struct.Struct("=Ii")
 _timespecs = struct.Struct("=qqqq")
+_timespec = struct.Struct("=qq")
 _open_how = struct.Struct("=QQQ")
 _STATX_INO_OFFSET: Final = 32
+_STATX_MINOR_OFFSET: Final = 140
+_STATX_ATTRIBUTES_OFFSET: Final = 8
+_STATX_ATTR_MOUNT_ROOT: Final = 0x2000
+_pollfd = struct.Struct("=ihh")
+_POLLIN: Final = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _c_int, _c_uint, _c_long = ctypes.c_int, ctypes.c_uint, ctypes.c_long
@@ -66,11 +80,15 @@ _setfsuid = _declare("setfsuid", _c_uint)
 _setfsgid = _declare("setfsgid", _c_uint)
 _name_to_handle_at = _declare("name_to_handle_at", _c_int, _c_char_p, _c_void_p, _c_void_p, _c_int)
 _open_by_handle_at = _declare("open_by_handle_at", _c_int, _c_void_p, _c_int)
+_ppoll = _declare("ppoll", _c_char_p, ctypes.c_ulong, _c_char_p, _c_void_p)
 _getdents = _declare("syscall", _c_long, _c_long, _c_void_p, _c_long, restype=_c_long)
 
 # The C library has one ``syscall``; another object for it, since the argument types belong to the object.
 _openat2 = ctypes.CDLL(None, use_errno=True).syscall
 _openat2.argtypes, _openat2.restype = (_c_long, _c_long, _c_char_p, _c_char_p, ctypes.c_size_t), _c_long
+
+_open_tree = ctypes.CDLL(None, use_errno=True).syscall
+_open_tree.argtypes, _open_tree.restype = (_c_long, _c_long, _c_char_p, _c_long), _c_long
 
 
 def _check(result: int) -> int:
@@ -107,16 +125,27 @@ def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
     _check(_utimensat(AT_FDCWD, proc_path(fd), _timespecs.pack(*atime, *mtime), 0))
 
 
-def statx(fd: int, mask: int, flags: int = 0) -> bytes:
-    """The kernel's ``struct statx`` (256 bytes) of what ``fd`` refers to."""
+def statx(fd: int, mask: int, flags: int = 0, name: bytes = b"") -> bytes:
+    """The kernel's ``struct statx`` (256 bytes) of what ``fd`` refers to, or of ``name`` in that directory."""
     buffer = ctypes.create_string_buffer(STATX_BYTES)
-    _check(_statx(fd, b"", flags | AT_EMPTY_PATH, mask, buffer))
+    _check(_statx(fd, name, flags | AT_EMPTY_PATH, mask, buffer))
     return buffer.raw
+
+
+def is_mount_root(answer: bytes) -> bool:
+    """Whether a ``struct statx`` is about the root of a mount (Linux 5.8 and later tell)."""
+    return bool(int.from_bytes(answer[_STATX_ATTRIBUTES_OFFSET:][:8], sys.byteorder) & _STATX_ATTR_MOUNT_ROOT)
+
+
+def cached_device(fd: int) -> int:
+    """The minor number of the device that ``fd`` is on, without asking a remote or FUSE server."""
+    minor: int = struct.unpack_from("=I", statx(fd, 0, AT_STATX_DONT_SYNC), _STATX_MINOR_OFFSET)[0]
+    return minor
 
 
 def cached_inode(fd: int) -> int:
     """The inode number behind ``fd`` without asking a remote or FUSE server: what the kernel already knows."""
-    ino: int = struct.unpack_from("=Q", statx(fd, 0x100, AT_STATX_DONT_SYNC), _STATX_INO_OFFSET)[0]
+    ino: int = struct.unpack_from("=Q", statx(fd, STATX_INO, AT_STATX_DONT_SYNC), _STATX_INO_OFFSET)[0]
     return ino
 
 
@@ -150,7 +179,10 @@ def file_handle(fd: int) -> bytes | None:
 
 
 def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
-    """Open what :func:`file_handle` described; ESTALE if it is gone. ``mount_fd``: any descriptor of that file system, not O_PATH."""
+    """Open what :func:`file_handle` described; ESTALE if it is gone.
+
+    ``mount_fd``: any descriptor of that file system, not O_PATH; AT_FDCWD for a working directory there.
+    """
     buffer = ctypes.create_string_buffer(handle, len(handle))
     return _check(_open_by_handle_at(mount_fd, buffer, flags | os.O_CLOEXEC))
 
@@ -178,3 +210,26 @@ def open_beneath(directory: int, path: bytes, flags: int) -> int:
     """Open ``path`` below ``directory`` (empty: itself), through real directories only: a symlink on the way is ELOOP."""
     how = _open_how.pack(flags | os.O_CLOEXEC, 0, _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS)
     return _check(_openat2(_SYS_OPENAT2, directory, path or b".", how, len(how)))
+
+
+def clone_mount(directory: int) -> int:
+    """A mount of ``directory`` that lies nowhere, and on which nothing is mounted; it is gone when the descriptor is closed."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH
+    return _check(_open_tree(_SYS_OPEN_TREE, directory, b"", flags))
+
+
+def die_with_parent(number: int) -> None:
+    """The calling process gets this signal when the thread that forked it ends."""
+    _check(_prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0))
+
+
+def wait_readable(fds: Sequence[int], timeout_ns: int) -> list[int]:
+    """Those of ``fds`` that can be read, or whose other end is gone; waits until there is one, at most ``timeout_ns``.
+
+    Unlike ``select.poll`` it counts in nanoseconds, unlike ``select.select`` it takes any descriptor.
+    """
+    entries = ctypes.create_string_buffer(b"".join([_pollfd.pack(fd, _POLLIN, 0) for fd in fds]))
+    count = _ppoll(entries, len(fds), _timespec.pack(*divmod(max(timeout_ns, 0), 1_000_000_000)), None)
+    if count < 0 and ctypes.get_errno() != errno.EINTR:
+        _check(count)
+    return [fd for fd, _, happened in _pollfd.iter_unpack(entries.raw[:-1]) if happened] if count > 0 else []
