@@ -26,7 +26,7 @@ from coherency.daemon.changes import Changes
 from coherency.daemon.export import Export
 from coherency.fuse.abi import Opcode
 from coherency.fuse.codec import Request
-from coherency.fuse.session import Operation, Reply
+from coherency.fuse.session import Deferred, Operation, Reply
 from coherency.guest_agent import mount
 from coherency.guest_agent.filesystem import CachingFileSystem
 
@@ -59,7 +59,7 @@ class Doom:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, operation: Operation) -> Operation:
-        def doomed(request: Request) -> Reply:
+        def doomed(request: Request) -> Reply | Deferred:
             self.reach("before")
             reply = operation(request)
             self.reach("after")

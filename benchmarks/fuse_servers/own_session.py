@@ -41,7 +41,7 @@ class OneFile:
 
     @property
     def quick_operations(self) -> Mapping[int, QuickOperation]:
-        return {int(Opcode.GETATTR): lambda node, body: self._attr_out(node)} if self._quick else {}
+        return {int(Opcode.GETATTR): lambda node, body, pid: self._attr_out(node)} if self._quick else {}
 
     def lookup(self, request: Request) -> Reply:
         return (replies.encode_entry(NodeId(FILE_ID), self._attributes(FILE_ID)),)

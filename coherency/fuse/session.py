@@ -7,8 +7,10 @@
    ``NO_REPLY``. A number that no system call takes is EINVAL. Anything else that is raised is a bug of ours: logged with
    its traceback, EIO for the caller.
 4. Every request that the kernel waits for gets exactly one reply.
-5. A quick operation answers from memory: it never waits and makes no system call, so the thread that runs it counts as
-   one that reads. What it does not know (None) takes the ordinary way with the same bytes.
+5. A quick operation answers from memory: it waits for nobody who waits for a request, and makes no system call, so the
+   thread that runs it counts as one that reads. What it does not know (None) takes the ordinary way with the same bytes.
+6. A reply may be put together when it is written (``Deferred``), under a lock of who answers; nothing waits for a request
+   while holding that lock.
 
 Source: fuse(4), Documentation/filesystems/fuse.rst of the kernel.
 """
@@ -28,15 +30,26 @@ from coherency.fuse import abi, codec, replies, syscalls
 from coherency.fuse.abi import InitFlag, Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mount_at
-from coherency.ids import NodeId
+from coherency.fuse.notifications import Notifications
 
 log = logging.getLogger(__name__)
 
+
+class Deferred:
+    """A reply that is not finished before it is written, for who must hold a lock over the last look and the writing."""
+
+    __slots__ = ()
+
+    def finish(self, send: Callable[[bytes], None]) -> None:
+        """Call ``send`` with the payload, exactly once. When that returns, the kernel has the reply; nobody else writes it."""
+        raise NotImplementedError
+
+
 NO_REPLY: Final[list[bytes]] = []
 Reply: TypeAlias = Sequence[bytes]
-Operation: TypeAlias = Callable[[Request], Reply]
-QuickOperation: TypeAlias = Callable[[int, memoryview], bytes | int | None]
-"""Node id and body to payload, or a positive errno, or None: rule 5."""
+Operation: TypeAlias = Callable[[Request], Reply | Deferred]
+QuickOperation: TypeAlias = Callable[[int, memoryview, int], bytes | int | Deferred | None]
+"""Node id, body and the caller's thread id to payload, or a positive errno, or None: rule 5."""
 
 MAX_WRITE_BYTES: Final = 1 << 20
 _MAX_PAGES: Final = MAX_WRITE_BYTES // 4096
@@ -82,15 +95,15 @@ class SessionStatistics:
     protocol_minor: int
 
 
-class Session:
+class Session(Notifications):
     """One mount. ``mount()`` makes it, ``start()`` serves it, ``close()`` unmounts it; ``wait()`` returns when it is over."""
 
     def __init__(self, device: int, mountpoint: str, file_system: FileSystem, *, name: str, max_threads: int) -> None:
+        super().__init__(device)
         self.mountpoint = mountpoint
         self.connection = 0  # the number under /sys/fs/fuse/connections
-        self.init_flags = InitFlag(0)
         self.protocol_minor = 0
-        self._device, self._file_system, self._name, self._max_threads = device, file_system, name, max_threads
+        self._file_system, self._name, self._max_threads = file_system, name, max_threads
         self._operations = dict(file_system.operations)
         self._quick_operations = dict(file_system.quick_operations)
         self._lock = threading.Lock()
@@ -305,20 +318,22 @@ class Session:
     def _answer_quickly(self, message: memoryview) -> bool:
         """Rule 5: whether the message was a request that a quick operation has answered."""
         try:
-            length, opcode, unique, node, _, _, _, extensions, _ = _unpack_header(message)
+            length, opcode, unique, node, _, _, pid, extensions, _ = _unpack_header(message)
             operation = self._quick_operations.get(opcode)
             if operation is None or extensions or length != len(message):
                 return False
-            answer = operation(node, message[_IN_HEADER_BYTES:])
+            answer = operation(node, message[_IN_HEADER_BYTES:], pid)
         except Exception:  # noqa: BLE001 - too short, or a bug: the ordinary way finds out and says so
             return False
         if answer is None:
             return False
         self._requests += 1
-        if isinstance(answer, int):
+        if isinstance(answer, bytes):
+            self._write(unique, (answer,))
+        elif isinstance(answer, int):
             self._write(unique, (), answer)
         else:
-            self._write(unique, (answer,))
+            self._finish_reply(unique, answer)
         return True
 
     def _handle(self, message: memoryview) -> None:
@@ -340,9 +355,9 @@ class Session:
             self._write(unique, (), 0 if opcode == _DESTROY else errno.ENOSYS)
             return
         self._in_flight[unique] = request
-        number, reply = 0, NO_REPLY
+        number, reply = 0, NO_REPLY  # type: tuple[int, Reply | Deferred]
         try:
-            reply = operation(request)  # type: ignore[assignment]
+            reply = operation(request)
         except OSError as error:
             number = error.errno or errno.EIO
         except MemoryError:
@@ -354,9 +369,27 @@ class Session:
             number = errno.EIO
         finally:
             del self._in_flight[unique]
-        if number or reply is not NO_REPLY:
+        if isinstance(reply, Deferred):
+            self._requests += 1
+            self._finish_reply(unique, reply)
+        elif number or reply is not NO_REPLY:
             self._requests += 1
             self._write(unique, reply, number)
+
+    def _finish_reply(self, unique: int, reply: Deferred) -> None:
+        written = False
+
+        def send(payload: bytes) -> None:
+            nonlocal written
+            written = True
+            self._write(unique, (payload,))
+
+        try:
+            reply.finish(send)
+        except Exception:
+            log.exception("operation %s failed", reply)
+        if not written:
+            self._write(unique, (), errno.EIO)
 
     def _write(self, unique: int, pieces: Reply, error: int = 0) -> None:
         try:
@@ -384,38 +417,15 @@ class Session:
         if target.on_interrupt:
             target.on_interrupt()
 
-    # ---- notifications ----
-
-    def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
-        """The kernel forgets the attributes of ``node``, from offset 0 on its pages too. False: it does not know the node.
-
-        Attributes only (offset -1) never blocks; with pages it waits for I/O on them: never on a thread that answers requests.
-        """
-        return self._notify(abi.Notify.INVAL_INODE, replies.encode_inval_inode(node, offset, length))
-
-    def invalidate_entry(self, parent: NodeId, name: bytes, *, expire_only: bool = False) -> bool:
-        """The kernel forgets one name. Takes the parent's inode lock: never while a request that holds it is unanswered.
-
-        ``expire_only``: it looks the name up again instead; false also if it does not offer that (HAS_EXPIRE_ONLY).
-        """
-        if expire_only and InitFlag.HAS_EXPIRE_ONLY not in self.init_flags:
-            return False
-        return self._notify(abi.Notify.INVAL_ENTRY, replies.encode_inval_entry(parent, name, expire_only=expire_only))
-
-    def increment_epoch(self) -> bool:
-        """The kernel looks every name up again. False: it is older than protocol 7.44 and cannot."""
-        return self._notify(abi.Notify.INC_EPOCH, b"")
-
-    def _notify(self, code: abi.Notify, payload: bytes) -> bool:
-        try:
-            os.writev(self._device, [replies.reply_header(0, len(payload), -code), payload])
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, *_GONE):
-                return False
-            raise
-        return True
-
     # ---- inspection ----
+
+    def duplicate_device(self) -> int:
+        """A descriptor of the connection, the caller's to close, for who must outlive this process."""
+        return os.dup(self._device)
+
+    def unanswered(self) -> Sequence[Request]:
+        """The requests whose operations run now. Who is in two such lists has not been answered in between."""
+        return list(self._in_flight.values())
 
     def in_flight(self) -> frozenset[int]:
         """Which requests are being handled now. A request that starts later has another number."""

@@ -18,7 +18,7 @@ from coherency.fuse.abi import Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.nodes import Node
 from coherency.fuse.passthrough import Passthrough, sized
-from coherency.fuse.session import QuickOperation, Reply
+from coherency.fuse.session import Deferred, QuickOperation, Reply
 from coherency.fuse.tree import OpenFile
 from coherency.guest_agent.cache import UserCache
 from coherency.ids import HostInode
@@ -60,7 +60,7 @@ class CachingFileSystem(Passthrough):
     def quick_operations(self) -> Mapping[int, QuickOperation]:
         return {int(Opcode.LOOKUP): self._quick_lookup, int(Opcode.GETATTR): self._quick_getattr}
 
-    def _quick_lookup(self, parent_id: int, body: memoryview) -> bytes | int | None:
+    def _quick_lookup(self, parent_id: int, body: memoryview, _pid: int) -> bytes | int | Deferred | None:
         parent = self.nodes.find(parent_id)
         if parent is None:
             return None
@@ -77,7 +77,7 @@ class CachingFileSystem(Passthrough):
         self.answered_here += 1
         return self.entry(node, attr)
 
-    def _quick_getattr(self, node_id: int, _body: memoryview) -> bytes | None:
+    def _quick_getattr(self, node_id: int, _body: memoryview, _pid: int) -> bytes | int | Deferred | None:
         node = self.nodes.find(node_id)
         attr = self.cache.hit((_ATTRIBUTES, node.ino)) if node is not None else None
         if attr is None:

@@ -5,11 +5,11 @@ A desk belongs to one thread, made for it by `apart`: serving changes the ids, t
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from coherency.daemon.changes import Changes
 from coherency.daemon.export import Export
@@ -82,7 +82,7 @@ class Desk:
         self.changes = Changes(self.table, live_dangerously=not bumps)
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.export = Export(descriptor, self.changes, descriptor_limit=100)
-        self._operations = self.export.operations
+        self._operations = cast("Mapping[int, Callable[[Request], Reply]]", self.export.operations)
         self._unique = iter(range(2, 1 << 20, 2)).__next__
 
     def close(self) -> None:

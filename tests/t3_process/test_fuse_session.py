@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from coherency.errors import MountError
 from coherency.fuse.abi import InitFlag, Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.passthrough import Passthrough
-from coherency.fuse.session import NO_REPLY, Operation, QuickOperation, Reply, Session
+from coherency.fuse.session import NO_REPLY, Deferred, Operation, QuickOperation, Reply, Session
 from coherency.ids import NodeId
 from tests.descriptors import open_descriptors
 from tests.fake_kernel import FakeKernel
@@ -113,7 +113,7 @@ def test_what_else_goes_wrong_is_answered_too(error: type[Exception], number: in
 def test_a_quick_operation_answers_what_it_knows_and_leaves_the_rest() -> None:
     answers: dict[bytes, bytes | int | None] = {b"known": b"from memory", b"absent": errno.ENOENT, b"unknown": None}
 
-    def quick(node: int, body: memoryview) -> bytes | int | None:
+    def quick(node: int, body: memoryview, pid: int) -> bytes | int | None:
         return answers[bytes(body[:-1])]  # KeyError, a bug, for any other name
 
     file_system = Scripted(LOOKUP=names)
@@ -125,6 +125,37 @@ def test_a_quick_operation_answers_what_it_knows_and_leaves_the_rest() -> None:
         assert kernel.ask("LOOKUP", b"bug\0")[1:] == (0, b"bug")
         assert kernel.session.statistics().requests == 4
         kernel.session.check()
+
+
+class Later(Deferred):
+    """Puts the reply together when it is written, with a lock held."""
+
+    def __init__(self, payload: bytes, *, fails: bool = False) -> None:
+        self.payload, self.fails, self.lock = payload, fails, threading.Lock()
+
+    def finish(self, send: Callable[[bytes], None]) -> None:
+        with self.lock:
+            if self.fails:
+                raise RuntimeError("a bug")
+            send(self.payload)
+
+
+def test_a_reply_may_be_put_together_when_it_is_written() -> None:
+    file_system = Scripted(LOOKUP=lambda request: Later(request.body.name), GETATTR=lambda request: ())
+    file_system.quick_operations[int(Opcode.GETATTR)] = lambda node, body, pid: Later(b"%d %d" % (node, pid))
+    with FakeKernel(file_system) as kernel:
+        assert kernel.ask("LOOKUP", b"later\0")[1:] == (0, b"later")
+        assert kernel.ask("GETATTR", node=9)[1:] == (0, b"9 %d" % os.getpid())
+        assert kernel.session.statistics().requests == 2
+
+
+@pytest.mark.expected_logs(r"operation .* failed")
+def test_a_reply_that_cannot_be_put_together_is_eio() -> None:
+    file_system = Scripted(LOOKUP=lambda request: Later(b"", fails=True), GETATTR=names)
+    file_system.quick_operations[int(Opcode.GETATTR)] = lambda node, body, pid: Later(b"", fails=True)
+    with FakeKernel(file_system) as kernel:
+        assert kernel.ask("LOOKUP", b"later\0")[1:] == (errno.EIO, b"")
+        assert kernel.ask("GETATTR")[1:] == (errno.EIO, b"")
 
 
 def test_everything_else_is_enosys(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from coherency.daemon.service import Service, ServiceOptions
 from coherency.fuse.abi import Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.passthrough import Passthrough
-from coherency.fuse.session import Reply
+from coherency.fuse.session import Deferred, Reply
 from coherency.guest_agent.filesystem import CachingFileSystem
 from coherency.guest_agent.mount import GuestMount, MountOptions
 
@@ -56,7 +56,7 @@ def _acl_after_a_held_back_reply(world: World) -> bytes:
     operations = world.service.session._operations
     setxattr = operations[Opcode.SETXATTR]
 
-    def hold(request: Request) -> Reply:
+    def hold(request: Request) -> Reply | Deferred:
         reply = setxattr(request)
         held.set()
         release.wait(20)
