@@ -55,7 +55,8 @@ class Round:
     tell: tuple[Tell, ...]
     """To be sent under the same lock, so that each guest gets its serials in order.  Lost guests are not among them."""
     until_ns: int
-    """When the last wait is over at the latest, if `Ledger.evict_due` is called in time."""
+    """When the last wait is over at the latest, if `Ledger.evict_due` is called in time.  Later, but still within one lease
+    from the round's beginning, if a renewal comes through that was asked for before it."""
     owed: dict[int, int]
     """Of each guest that is still waited for, the serial that it must ack."""
     wake: Callable[[], None]
@@ -64,6 +65,18 @@ class Round:
     def pending(self) -> bool:
         """Whether anybody is waited for.  May be read without the lock."""
         return bool(self.owed)
+
+
+class GuestBooks(NamedTuple):
+    """What the books say of one guest."""
+
+    keys: int
+    """Keys that it is a sharer of."""
+    recalls: int
+    """Recalls that were made to it."""
+    unacked: int
+    """Those of them that it has not acked."""
+    lease_until_ns: int
 
 
 class LedgerStatistics(NamedTuple):
@@ -169,17 +182,21 @@ class Ledger:
         sharer = self._known(guest)
         self._strike(sharer, self._checked(keys) & sharer.keys)
 
-    def renew(self, guest: int, now_ns: int) -> bool:
+    def renew(self, guest: int, now_ns: int, *, owed: int | None = None) -> bool:
         """The guest's lease counts from now, if it owes no ack and is not lost; returns whether that is so.
 
         One that owed an ack may be renewed as soon as it has acked: the later instant is the safe one, since the agent
         counts from the sending of its request.  A lease that is over and was not noticed yet may be renewed, too: the
         books still have all that the guest had.  `MessageError`: unknown guest.
+
+        `owed`: only the acks up to this recall matter, the last that had been made when the guest asked.  `now_ns` is
+        that instant then, and so a round that began later still waits no longer than one lease from its beginning.
         """
         peer = self._known(guest)
-        if peer.lost or peer.acked < peer.sent:
+        owed = peer.sent if owed is None else owed
+        if peer.lost or peer.acked < owed:
             return False
-        self._leases.set(guest, now_ns + self._lease_ns)
+        self._leases.set(guest, max(now_ns + self._lease_ns, self._leases[guest]))
         return True
 
     def ack(self, guest: int, serial: int) -> None:
@@ -393,6 +410,11 @@ class Ledger:
         assert set(self._sweeps) <= set(self._guests)
         assert all(round_.owed == serials for round_, serials in rounds.items())
         assert len(rounds) == self._waiting
+
+    def books(self, guest: int) -> GuestBooks:
+        """A frozen copy of what there is of one guest.  `MessageError`: unknown guest."""
+        peer = self._known(guest)
+        return GuestBooks(len(peer.keys), peer.sent, peer.sent - peer.acked, self._leases[guest])
 
     def statistics(self) -> LedgerStatistics:
         """A frozen copy."""

@@ -379,6 +379,38 @@ def test_rule_5_who_owes_an_ack_is_not_renewed(guest: int) -> None:
     assert desk.pass_time(500 + LEASE_NS) == (guest,)
 
 
+def test_rule_5_what_was_recalled_after_the_guest_asked_does_not_count() -> None:
+    """Or else a guest that is recalled all the time would never be renewed."""
+    desk = Desk()
+    desk.register(ANN, A, B)
+    desk.recall(A)
+    asked_at_ns, owed = 300, desk.ledger.books(ANN).recalls
+    desk.pass_time(400)
+    late = desk.recall(B)
+    assert not desk.ledger.renew(ANN, asked_at_ns, owed=owed)
+    desk.ack(ANN, 1)
+    assert desk.ledger.renew(ANN, asked_at_ns, owed=owed)
+    assert ANN not in desk.pass_time(LEASE_NS)
+    assert late.pending
+    assert desk.pass_time(asked_at_ns + LEASE_NS) == (ANN,)  # no longer than one lease from the beginning of `late`
+    assert not late.pending
+
+
+def test_rule_5_a_renewal_that_comes_late_shortens_nothing() -> None:
+    desk = Desk()
+    assert desk.ledger.renew(ANN, 500)
+    assert desk.ledger.renew(ANN, 300, owed=0)
+    assert ANN not in desk.pass_time(300 + LEASE_NS)
+
+
+def test_books_of_one_guest() -> None:
+    desk = Desk()
+    desk.register(ANN, A, B)
+    desk.recall(A)
+    assert desk.ledger.books(ANN) == (1, 1, 1, LEASE_NS)
+    desk.refuses(lambda: desk.ledger.books(ANN + 1), "none or over")
+
+
 def test_rule_5_of_everything_too() -> None:
     desk = Desk()
     desk.register(ANN, A)
