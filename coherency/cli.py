@@ -6,12 +6,14 @@ Exit codes: 0 done (also after SIGTERM or Ctrl-C), 1 something is wrong that the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import grp
 import json
 import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,13 +26,14 @@ from coherency import __version__
 from coherency.cli_check import check_command
 from coherency.cli_messages import errors_as_messages, finite_seconds, json_option
 from coherency.cli_simulate import simulate_command
-from coherency.daemon.service import Service, ServiceOptions
+from coherency.daemon.service import DANGERS, Service, ServiceOptions
 from coherency.demo import Demo, Step
 from coherency.errors import CoherencyError, DaemonUnavailable, UsageError
 from coherency.guest_agent.api import RUNTIME_ROOT_VARIABLE
 from coherency.guest_agent.cache import DEFAULT_CAPACITY
 from coherency.guest_agent.client import fetch_status, invalidate, served_names
 from coherency.guest_agent.mount import MODES, GuestMount, MountOptions
+from coherency.leases import DEFAULT_LEASE_NS, LONGEST_LEASE_NS, SHORTEST_LEASE_NS
 from coherency.rendezvous import DEFAULT_RUNTIME_ROOT
 from coherency.shm_abi import MAX_SLOT_COUNT
 from coherency.shm_table import DEFAULT_SLOT_COUNT, require_platform
@@ -105,12 +108,22 @@ def _group(_context: click.Context, _parameter: click.Parameter, value: str | No
 )
 @click.option("--group", callback=_group, help="Who else may connect: a group, by name or number. [default: nobody]")
 @click.option(
-    "--live-dangerously", is_flag=True, help="Never bump a version: guests WILL be stale. For demonstrations."
+    "--lease",
+    type=float,
+    callback=finite_seconds,
+    default=DEFAULT_LEASE_NS / _SECOND_NS,
+    show_default=True,
+    help="Seconds that a change waits at most for a guest that caches in its kernel and does not answer.",
+)
+@click.option(
+    "--live-dangerously",
+    type=click.Choice(DANGERS),
+    help="Never bump a version, or never tell a guest to forget: guests WILL be stale. For demonstrations.",
 )
 @_verbose
 def serve(
-    share: Path, name: str, runtime_dir: Path, table: str, slots: int, group: int | None, live_dangerously: bool,
-    verbose: bool,
+    share: Path, name: str, runtime_dir: Path, table: str, slots: int, group: int | None, lease: float,
+    live_dangerously: str | None, verbose: bool,
 ) -> None:  # fmt: skip
     """Serve the directory SHARE until SIGTERM or Ctrl-C.
 
@@ -125,13 +138,18 @@ def serve(
         require_platform()
         if slots & (slots - 1):
             raise UsageError(f"--slots {slots} is not a power of two; {1 << slots.bit_length()} is the next one")
+        lease_ns = round(lease * _SECOND_NS)
+        if not SHORTEST_LEASE_NS <= lease_ns <= LONGEST_LEASE_NS:
+            raise UsageError(f"--lease {lease:g} is out of range: between half a second and a minute")
         service = Service(
             ServiceOptions(
                 share.absolute(), name, runtime_dir.absolute(), posix_table=table == "posix", slot_count=slots, gid=group,
-                live_dangerously=live_dangerously,
+                lease_ns=lease_ns, live_dangerously=live_dangerously,
             )
         )  # fmt: skip
-        _run(service, f"serving {share} as '{name}': guests use {service.directory.export}")
+        second = threading.Event()
+        close = functools.partial(service.close, hurried=second.is_set)
+        _run(service, f"serving {share} as '{name}': guests use {service.directory.export}", close, second)
 
 
 @main.command()
@@ -178,14 +196,14 @@ def mount(
         guest_mount = GuestMount(
             MountOptions(name, mountpoint.absolute(), runtime_dir.absolute(), cache, timeout_ns, writeback, guest, entries)
         )
-        _run(guest_mount, f"mounted '{name}' on {mountpoint} ({cache})")
+        _run(guest_mount, f"mounted '{name}' on {mountpoint} ({cache})", guest_mount.close, threading.Event())
 
 
-def _run(thing: Service | GuestMount, ready: str) -> None:
-    """In the foreground until a signal comes, or somebody unmounts it."""
+def _run(thing: Service | GuestMount, ready: str, close: Callable[[], None], second: threading.Event) -> None:
+    """In the foreground until a signal comes, or somebody unmounts it. Another signal while it is closed sets ``second``."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: second.set() if stop.is_set() else stop.set())
     thing.start()
     try:
         click.echo(ready)
@@ -193,7 +211,7 @@ def _run(thing: Service | GuestMount, ready: str) -> None:
         while not unmounted and not stop.wait(_LOOK_EVERY_S):
             unmounted = thing.wait(0)
     finally:
-        thing.close()
+        close()
     if unmounted:
         raise CoherencyError("somebody else has unmounted it: stopped")
 

@@ -65,7 +65,7 @@ class Demo:
         tell(f"copying {library} ...")
         shutil.copytree(library, self._share, symlinks=True, ignore=_SKIPPED)
         tell("starting one daemon and two guests (--cache access) ...")
-        flags = ["--live-dangerously"] if self._live_dangerously else []
+        flags = ["--live-dangerously", "no-bumps"] if self._live_dangerously else []
         self._spawn("serve", str(self._share), "--name", _NAME, *flags)
         a, b = (self._mount(name) for name in ("guest-a", "guest-b"))
 

@@ -19,9 +19,13 @@ SECOND_NS: Final = 1_000_000_000
 DEFAULT_LEASE_NS: Final = 10 * SECOND_NS
 """How long the daemon waits for a guest at most, counted from the receipt of its last renewal."""
 SHORTEST_LEASE_NS: Final = SECOND_NS // 2
+LONGEST_LEASE_NS: Final = 60 * SECOND_NS
+"""Who waits for a guest waits no longer than this, whatever operators say."""
 
 MAX_KEYS_PER_MESSAGE: Final = 4096
 MAX_KEYS_PER_GUEST: Final = 1 << 19
+INTRODUCTION_PREFIX: Final = b".coherency-"
+"""See `introduction`."""
 RENEWALS_PER_LEASE: Final = 4
 """How often an agent renews in the time of one lease, so that one or two lost or late renewals cost nothing."""
 
@@ -58,3 +62,16 @@ def is_names_key(key: GrantKey) -> bool:
 def keys_of(slots: Iterable[SlotIndex], leaving: Iterable[SlotIndex] = ()) -> tuple[GrantKey, ...]:
     """The keys that a change recalls: attributes of all `slots`, and the names that lead to inodes of the slots `leaving`."""
     return tuple(sorted({*map(attributes_key, slots), *map(names_key, leaving)}))
+
+
+def introduction(session: int) -> bytes:
+    """The name by whose look-up in the root of the export a guest shows the daemon which process works for it."""
+    return INTRODUCTION_PREFIX + b"%016x" % session
+
+
+def introduced(name: bytes) -> int | None:
+    """The session of a name of that kind, None for any other name."""
+    digits = name[len(INTRODUCTION_PREFIX) :]
+    if not name.startswith(INTRODUCTION_PREFIX) or len(digits) != 16 or digits.strip(b"0123456789abcdef"):
+        return None
+    return int(digits, 16)

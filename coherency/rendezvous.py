@@ -12,6 +12,7 @@ CONTROL_SOCKET_NAME: Final = "control.sock"
 TABLE_LINK_NAME: Final = "table"
 EXPORT_DIRECTORY_NAME: Final = "export"
 LOCK_FILE_NAME: Final = "lock"
+SESSIONS_FILE_NAME: Final = "sessions"
 _SHARE_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 

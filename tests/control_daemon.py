@@ -6,6 +6,7 @@ prints "serving" and serves until it is killed, or until its standard input ends
 """
 
 import os
+import secrets
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ from typing import Self
 from coherency.daemon.runtime import Claim, RuntimeDirectory
 from coherency.daemon.server import ControlServer
 from coherency.daemon.switchboard import Limits
+from coherency.leases import DEFAULT_LEASE_NS, agent_lease_ns
 from coherency.protocol import Welcome
 from coherency.shm_memory import create_memfd
 from coherency.shm_table import HEARTBEAT_PERIOD_NS, State, TableWriter, bytes_needed
 from tests.control_messages import REPORT
+from tests.switchboards import Notebook, make_leasing
 
 SLOT_COUNT = 1 << 12
 TRUST_NS = 1_000_000_000
@@ -32,7 +35,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 class ControlDaemon:
     """Serves `name` in this process from construction to `close`."""
 
-    def __init__(self, root: Path, name: str, *, limits: Limits | None = None, trust_ns: int = TRUST_NS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        *,
+        limits: Limits | None = None,
+        trust_ns: int = TRUST_NS,
+        lease_ns: int = DEFAULT_LEASE_NS,
+    ) -> None:
         self.root, self.name = root, name
         self.claim: Claim = RuntimeDirectory(root, name).claim()
         table_bytes = bytes_needed(SLOT_COUNT)
@@ -42,9 +53,19 @@ class ControlDaemon:
         self.table.set_state(State.SERVING)
         self.table_fd = self.memory.read_only_fd()
         self.path = self.claim.directory.control_socket
+        self.journal = Notebook()
+        self.leasing = make_leasing(
+            lease_ns=lease_ns,
+            slot_count=SLOT_COUNT,
+            epoch=lambda: self.table.statistics().epoch,
+            journal=self.journal,
+            new_session=lambda: secrets.randbits(63) + 1,
+        )
+        export, agent_ns = str(self.claim.directory.export), agent_lease_ns(lease_ns)
         self.server = ControlServer(
             self.path,
-            welcome=Welcome(0, 5, 9 * 10**9, *table_id, table_bytes, trust_ns, "/share", str(self.claim.directory.export)),
+            welcome=Welcome(0, 0, agent_ns, *table_id, table_bytes, trust_ns, "/share", export),
+            leasing=self.leasing,
             table_fd=self.table_fd,
             status=lambda: {**REPORT, "epoch": self.table.statistics().epoch},
             invalidate=self.table.advance_epoch,

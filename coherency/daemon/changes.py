@@ -1,34 +1,42 @@
-"""A change of metadata: begin, apply, end.
+"""A change of metadata: begin, revoke, apply, end.
 
 1. The words of every inode that a change touches are odd from before the system call until after it. Whoever samples
    in between caches nothing.
-2. An inode that the change brings into being is touched after the system call, and before anybody can look it up: the
+2. When the words are odd, and before the system call, guests are told to forget what the change makes wrong, and it is
+   waited for (``recalls``). In any other order an answer could be old: ``docs/model/``.
+3. An inode that the change brings into being is touched after the system call, and before anybody can look it up: the
    kernel of the export holds the parent's lock until the reply. What an agent remembers of a former inode with the
-   same number is of no use from then on.
-3. A change that fails is ended like any other; words only grow.
-4. Until ``hold_until_ns`` nothing is changed: a predecessor was killed, and agents that have not noticed yet may trust
-   its table for so long (``docs/spec/table.md``, trust). A caller on the export that is interrupted while waiting gets EINTR.
+   same number is of no use from then on. Nobody is told of it: no kernel can have anything of it.
+4. A change that fails is ended like any other; words only grow.
+5. While changes are held nothing is begun (``holds``). A caller on the export that is interrupted while waiting, here or
+   for guests, gets EINTR, and nothing is applied.
 
-Named points, for tests that stop a change there: ``begun`` (words are odd, nothing applied) and ``applied`` (not ended).
+Named points, for tests that stop a change there: ``begun`` (words are odd, nothing applied), ``recalled`` (guests have
+forgotten, nothing applied) and ``applied`` (not ended).
 """
 
 from __future__ import annotations
 
-import errno
-import threading
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
+from coherency.daemon.holds import Hold
 from coherency.fuse.codec import Request
-from coherency.ids import HostInode, SlotIndex
+from coherency.ids import GrantKey, HostInode, SlotIndex
+from coherency.leases import keys_of
 from coherency.shm_table import TableWriter
-
-_SECOND_NS: Final = 1_000_000_000
 
 
 def _pass(point: str) -> None:
     """No test is watching."""
+
+
+class Revoker(Protocol):
+    """Makes guests forget."""
+
+    def revoke(self, keys: Iterable[GrantKey], request: Request | None) -> None:
+        """Returns when they have, as far as they are waited for. ``InterruptedError`` if the caller gives up."""
 
 
 class Changes:
@@ -38,60 +46,66 @@ class Changes:
         self,
         table: TableWriter,
         *,
-        hold_until_ns: int = 0,
+        recalls: Revoker | None = None,
+        hold: Hold | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
         reach: Callable[[str], None] = _pass,
-        live_dangerously: bool = False,
+        bumps: bool = True,
     ) -> None:
-        """``live_dangerously``: no word is ever bumped, for demonstrations and negative controls. ``reach``: see named points."""
-        self.table, self.reach = table, reach
-        self._clock_ns, self._hold_until_ns = clock_ns, hold_until_ns
-        self.bumps = not live_dangerously
+        """``recalls``: None if no guest is ever told; not ``bumps``: no word ever moves: for demonstrations and negative
+        controls. ``reach``: see named points.
+        """
+        self.table, self.recalls, self.reach, self.bumps = table, recalls, reach, bumps
+        self._clock_ns, self._hold = clock_ns, hold
 
-    def change(self, inodes: tuple[HostInode, ...], request: Request | None = None) -> Change:
-        """``with changes.change(inodes, request) as change``: apply it inside, nothing else."""
-        return Change(self, inodes, request)
+    def change(
+        self, inodes: tuple[HostInode, ...], request: Request | None = None, *, leaving: tuple[HostInode, ...] = ()
+    ) -> Change:
+        """``with changes.change(inodes, request) as change``: apply it inside, nothing else.
+
+        ``leaving``: those of the inodes that names lead to which it takes away.
+        """
+        return Change(self, inodes, request, leaving)
 
     def wait_until_allowed(self, request: Request | None) -> None:
-        """Rule 4. ``InterruptedError`` if the caller gives up."""
-        if not self._hold_until_ns:
-            return
-        given_up = threading.Event()
-        if request is not None:
-            request.on_interrupt = given_up.set
-            if request.interrupted:
-                given_up.set()
-        while (left_ns := self._hold_until_ns - self._clock_ns()) > 0:
-            if given_up.wait(left_ns / _SECOND_NS):
-                raise InterruptedError(errno.EINTR, "interrupted while changes are held")
-        self._hold_until_ns = 0
+        """Rule 5. ``InterruptedError`` if the caller gives up."""
+        if self._hold is not None:
+            self._hold.wait(request, self._clock_ns)
+            self._hold = None
 
 
 class Change:
     """One change under way; see :meth:`Changes.change`."""
 
-    __slots__ = ("_changes", "_inodes", "_request", "_slots", "_touched")
+    __slots__ = ("_changes", "_inodes", "_leaving", "_request", "_slots", "_touched")
 
-    def __init__(self, changes: Changes, inodes: tuple[HostInode, ...], request: Request | None) -> None:
-        self._changes, self._inodes, self._request = changes, inodes, request
+    def __init__(
+        self, changes: Changes, inodes: tuple[HostInode, ...], request: Request | None, leaving: tuple[HostInode, ...]
+    ) -> None:
+        self._changes, self._inodes, self._request, self._leaving = changes, inodes, request, leaving
         self._slots: tuple[SlotIndex, ...] = ()
         self._touched: list[tuple[SlotIndex, ...]] = []
 
     def __enter__(self) -> Change:
         changes = self._changes
         changes.wait_until_allowed(self._request)
+        slots = changes.table.slots_of(self._inodes)
         if changes.bumps:
-            self._slots = changes.table.slots_of(self._inodes)
-            changes.table.begin(self._slots)
+            changes.table.begin(slots)
+            self._slots = slots
         try:
             changes.reach("begun")
+            if changes.recalls is not None:
+                keys = keys_of(slots, changes.table.slots_of(self._leaving))
+                changes.recalls.revoke(keys, self._request)
+            changes.reach("recalled")
         except BaseException:
             self._end()
             raise
         return self
 
     def touch(self, ino: HostInode) -> None:
-        """The system call made, or reached, this inode too (rule 2)."""
+        """The system call made, or reached, this inode too (rule 3)."""
         if self._changes.bumps:
             slots = self._changes.table.slots_of((ino,))
             self._changes.table.begin(slots)

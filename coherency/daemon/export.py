@@ -3,15 +3,24 @@
 The bump matrix (``docs/spec/bump-matrix.md``) is the sum of what :class:`~coherency.fuse.passthrough.Passthrough` puts
 into ``changing``. The kernel gets no cache time: a reader that has just compared versions must not be answered from
 the host's own cache, which learns of a change only after the writer has got its reply.
+
+A look-up of the introduction of a guest that is here, in the root, tells which process works for that guest, and finds
+nothing (``docs/spec/control.md``, section 8).
 """
 
 from __future__ import annotations
 
+import errno
+
 from coherency.daemon.changes import Change, Changes
+from coherency.daemon.origins import Origins
+from coherency.fuse.abi import ROOT_ID
 from coherency.fuse.codec import Request
 from coherency.fuse.passthrough import Passthrough
+from coherency.fuse.session import Reply
 from coherency.fuse.tree import Leaving
 from coherency.ids import HostInode
+from coherency.leases import introduced
 
 
 class Export(Passthrough):
@@ -19,10 +28,18 @@ class Export(Passthrough):
 
     tracks_changes = True
 
-    def __init__(self, share: int, changes: Changes, *, descriptor_limit: int) -> None:
-        """``share``: the open directory, owned by the export from now on."""
+    def __init__(self, share: int, changes: Changes, *, descriptor_limit: int, origins: Origins | None = None) -> None:
+        """``share``: the open directory, owned by the export from now on. ``origins``: None if nobody introduces itself."""
         super().__init__(share, descriptor_limit=descriptor_limit)
-        self._changes = changes
+        self._changes, self._origins = changes, origins
 
     def changing(self, request: Request, *inodes: HostInode, leaving: tuple[Leaving, ...] = ()) -> Change:
-        return self._changes.change(inodes, request)
+        led_to = tuple(name.ino for name in leaving if name.ino is not None) if leaving else ()
+        return self._changes.change(inodes, request, leaving=led_to)
+
+    def lookup(self, request: Request) -> Reply:
+        if request.node == ROOT_ID and self._origins is not None:
+            session = introduced(request.body.name)
+            if session is not None and self._origins.introduce(session, request.pid):
+                raise FileNotFoundError(errno.ENOENT, "an introduction")
+        return super().lookup(request)

@@ -34,6 +34,7 @@ class PeerState(Enum):
     GUEST_ASKING = "guest asking"
     OPERATOR = "operator"
     OPERATOR_ASKING = "operator asking"
+    OPERATOR_INVALIDATING = "operator invalidating"
     CLOSED = "closed"
 
 
@@ -52,14 +53,15 @@ _OPEN_STATES: Final = tuple(state for state in PeerState if state is not PeerSta
 TRANSITIONS: Final[Mapping[tuple[PeerState, type[Message] | PeerEvent], PeerState]] = {
     (PeerState.OPENED, Hello): PeerState.GUEST,
     (PeerState.OPENED, StatusRequest): PeerState.OPERATOR_ASKING,
-    (PeerState.OPENED, InvalidateRequest): PeerState.OPERATOR,
+    (PeerState.OPENED, InvalidateRequest): PeerState.OPERATOR_INVALIDATING,
     (PeerState.GUEST, Statistics): PeerState.GUEST,
     (PeerState.GUEST, StatusRequest): PeerState.GUEST_ASKING,
     (PeerState.GUEST_ASKING, Statistics): PeerState.GUEST_ASKING,
     (PeerState.GUEST_ASKING, PeerEvent.ANSWERED): PeerState.GUEST,
     (PeerState.OPERATOR, StatusRequest): PeerState.OPERATOR_ASKING,
-    (PeerState.OPERATOR, InvalidateRequest): PeerState.OPERATOR,
+    (PeerState.OPERATOR, InvalidateRequest): PeerState.OPERATOR_INVALIDATING,
     (PeerState.OPERATOR_ASKING, PeerEvent.ANSWERED): PeerState.OPERATOR,
+    (PeerState.OPERATOR_INVALIDATING, PeerEvent.ANSWERED): PeerState.OPERATOR,
     **{(PeerState.GUEST, message): PeerState.GUEST for message in _OF_GRANTS},
     **{(PeerState.GUEST_ASKING, message): PeerState.GUEST_ASKING for message in _OF_GRANTS},
     **{(state, Goodbye): PeerState.CLOSED for state in _OPEN_STATES},
@@ -105,8 +107,8 @@ class GuestSnapshot(NamedTuple):
 class Peer:
     """A connection that the daemon has.
 
-    `snapshot`: what a guest is known to be, None for others; `owed_serial`: the request for statistics that it has not
-    answered.
+    `snapshot`: what a guest is known to be, None for others; `session`: a guest's, 0 for others; `owed_serial`: the
+    request for statistics that it has not answered.
     """
 
     peer_id: PeerId
@@ -114,6 +116,7 @@ class Peer:
     state: PeerState = PeerState.OPENED
     decoder: Decoder = field(default_factory=Decoder)
     snapshot: GuestSnapshot | None = None
+    session: int = 0
     owed_serial: int | None = None
 
     def __str__(self) -> str:

@@ -23,6 +23,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from coherency.daemon.journal import remove_journal
 from coherency.errors import AlreadyServing, MountError, UsageError
 from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mounts
 from coherency.fuse.syscalls import MNT_DETACH, umount
@@ -30,6 +31,7 @@ from coherency.rendezvous import (
     CONTROL_SOCKET_NAME,
     EXPORT_DIRECTORY_NAME,
     LOCK_FILE_NAME,
+    SESSIONS_FILE_NAME,
     TABLE_LINK_NAME,
     check_share_name,
 )
@@ -56,6 +58,7 @@ class RuntimeDirectory:
         self.control_socket = self.path / CONTROL_SOCKET_NAME
         self.table = self.path / TABLE_LINK_NAME
         self.export = self.path / EXPORT_DIRECTORY_NAME
+        self.sessions = self.path / SESSIONS_FILE_NAME
 
     def claim(self) -> Claim:
         """Make the name this process's own, and the directory as it should be before serving.
@@ -133,7 +136,8 @@ class Claim:
     """A name held by this process, from `RuntimeDirectory.claim` to `release` or the end of the process.
 
     `unclean`: the predecessor died without `release`.  Then agents that have not noticed yet may still believe its
-    table, and no change may be applied before `TRUST_NS + TRUST_MARGIN_NS` have passed since the claim.
+    table, and no change may be applied before `TRUST_NS + TRUST_MARGIN_NS` have passed since the claim; and guests may
+    still be granted what its journal (`directory.sessions`) says.
     """
 
     def __init__(self, directory: RuntimeDirectory, lock_fd: int, *, unclean: bool) -> None:
@@ -142,19 +146,23 @@ class Claim:
         self.unclean = unclean
         self._lock_fd: int | None = lock_fd
 
-    def release(self) -> None:
+    def release(self, *, clean: bool = True) -> None:
         """Remove what `claim` and the daemon made, except the root, and give the name free.  May be called again.
 
         To be called last: the export unmounted, the socket closed.  What cannot be removed is logged and left, and the
-        next claim finds it `unclean`.
+        next claim finds it `unclean`, as it does if this one says so.
         """
         lock_fd, self._lock_fd = self._lock_fd, None
         if lock_fd is None:
+            return
+        if not clean:
+            os.close(lock_fd)
             return
         directory = self.directory
         try:
             for path in (directory.control_socket, directory.table):
                 _remove_if_there(path)
+            remove_journal(directory.sessions)
             directory.export.rmdir()
             directory.lock.unlink()  # by rule 2 only when nothing is left that the next claim should know of
             with contextlib.suppress(OSError):

@@ -4,9 +4,14 @@ Rules:
 
 1. Nothing here waits for a peer: all sockets are non-blocking, and what a peer does not read is kept up to
    `Limits.unsent_bytes`; then the peer is dropped.
-2. A peer gets one read of `READ_BYTES` per round, so that none can keep the others waiting.
+2. A peer gets one read of `READ_BYTES` per round, so that none can keep the others waiting; `recall` reads `_POLLS` times
+   from the guest that it is called for.
 3. Descriptors that a peer sends are closed by the kernel, since nothing is received with room for them.
-4. Only the loop's thread touches sockets and switchboard.
+4. Switchboard and sockets are touched under the control lock.  The loop holds it while it deals with what has happened,
+   not while it waits; threads that make changes take it to send recalls themselves, so that these need no second thread.
+5. Only the loop touches the selector, and closes sockets: what other threads leave to it they put into `_attention` or
+   `_retired`, and wake it.
+6. Nobody takes another lock of ours and then the control lock.
 """
 
 from __future__ import annotations
@@ -19,14 +24,17 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from coherency.daemon.actions import Drop, Note, Send
+from coherency.daemon.leasing import Leasing
+from coherency.daemon.ledger import Round
 from coherency.daemon.peer_states import Credentials, GuestSnapshot, PeerId
-from coherency.daemon.switchboard import Drop, Limits, Send, Switchboard, SwitchboardStatistics
-from coherency.ids import Epoch
+from coherency.daemon.switchboard import Limits, Switchboard, SwitchboardStatistics
+from coherency.ids import Epoch, GrantKey
 from coherency.protocol import Welcome
 from coherency.protocol_fields import ReportValue
 
@@ -35,6 +43,8 @@ _log = logging.getLogger(__name__)
 READ_BYTES: Final = 65536
 SOCKET_MODE: Final = 0o660
 _ACCEPTS_PER_ROUND: Final = 64
+_POLLS: Final = 4
+"""Reads that empty a socket's buffer of usual size."""
 _UCRED: Final = struct.Struct("=iII")
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
@@ -58,6 +68,7 @@ class _Link:
     peer: PeerId
     unsent: bytearray = field(default_factory=bytearray)
     table_goes_next: bool = False
+    waits_for_room: bool = False
 
 
 class ControlServer:
@@ -65,8 +76,8 @@ class ControlServer:
 
     `welcome` is the template of every Welcome (its `guest_id` is replaced); `table_fd`, a read-only descriptor of the
     table, stays the caller's and must stay open until `close`.  `status` returns the daemon's part of a status report,
-    with at least `REPORT_KEYS`; `invalidate` starts a new epoch and returns it.  Both are called from the server's
-    thread and must not wait; neither is called under a lock that the methods below take.
+    with at least `REPORT_KEYS`; `invalidate` starts a new epoch and returns it.  Both are called under the control lock,
+    must not wait, and must not call the methods below but for `statistics`.
     """
 
     def __init__(
@@ -77,15 +88,23 @@ class ControlServer:
         table_fd: int,
         status: Callable[[], Mapping[str, ReportValue]],
         invalidate: Callable[[], Epoch],
+        leasing: Leasing,
         limits: Limits | None = None,
     ) -> None:
         self._path = path
         self._table_fd = table_fd
         self._limits = limits or Limits()
+        self._leasing = leasing
         self._board = Switchboard(
-            welcome=welcome, status=status, invalidate=invalidate, own_uid=os.geteuid(), limits=self._limits
-        )
+            welcome=welcome, status=status, invalidate=invalidate, leasing=leasing,
+            own_uid=os.geteuid(), limits=self._limits,
+        )  # fmt: skip
+        self._control_lock = threading.Lock()
         self._links: dict[PeerId, _Link] = {}
+        self._attention: list[_Link] = []
+        self._retired: list[_Link] = []
+        self._asleep_until_ns: int | None = None
+        self._hung_up = False
         self._selector = selectors.DefaultSelector()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
@@ -130,8 +149,46 @@ class ControlServer:
             if self._thread is not None:
                 self._thread.join()
                 self._path.unlink(missing_ok=True)
+            with self._control_lock:
+                self._hung_up = True
             self._selector.close()
             os.close(self._wakeup)
+
+    def is_held(self, keys: Iterable[GrantKey]) -> bool:
+        """Whether `recall` of these keys would tell anybody, or have to wait: see `Ledger.is_held`.  Takes no lock."""
+        return self._leasing.is_held(keys)
+
+    def recall(
+        self, keys: Iterable[GrantKey] | None, wake: Callable[[], None], *, origin: int | None = None
+    ) -> Round:
+        """Recall keys, or everything (None), from all who have them.  When this returns the recalls are sent.
+
+        `wake` is called from any thread, under the control lock, when nothing is owed any more; see `Ledger.recall`.
+        `origin` is the session of the guest for which this is done: what it has sent is read first, since it releases
+        what it knows to be concerned before it asks for a change.
+        """
+        with self._control_lock:
+            link = None if origin is None else self._links.get(self._leasing.peer_of(origin) or PeerId(0))
+            for _ in range(_POLLS if link else 0):
+                assert link is not None
+                if link.peer not in self._links or not self._read(link):
+                    break
+            round_ = self._board.recall(keys, wake, time.monotonic_ns())
+            self._act()
+            self._wake_if_needed()
+        return round_
+
+    def abandon(self, round_: Round) -> None:
+        """Nobody waits for this round any more, and its `wake` is not called after this."""
+        with self._control_lock:
+            self._leasing.abandon(round_)
+
+    def evict_due(self) -> None:
+        """Evict whose lease is over.  The loop does so, too; who waits does not want to depend on that."""
+        with self._control_lock:
+            self._board.tick(time.monotonic_ns())
+            self._act()
+            self._wake_if_needed()
 
     def guests(self) -> tuple[GuestSnapshot, ...]:
         """The guests that are connected at this moment, by id, with the counters that they sent last."""
@@ -157,30 +214,61 @@ class ControlServer:
         except Exception:  # noqa: BLE001 - whatever it was, the guests must learn at once that nobody is there
             _log.critical("the control channel failed, hanging up on everybody", exc_info=True)
         finally:
-            if self._listener is not None:
-                self._listener.close()
-            for link in self._links.values():
-                link.sock.close()
-            self._links.clear()
-            self._board.end()
+            with self._control_lock:
+                if self._listener is not None:
+                    self._listener.close()
+                for link in [*self._links.values(), *self._retired]:
+                    link.sock.close()
+                self._links.clear()
+                self._retired.clear()
+                self._board.end()
+                self._hung_up = True
 
     def _round(self) -> None:
         for key, events in self._selector.select(self._patience_s()):
-            if key.fileobj is self._listener:
-                self._accept()
-            elif key.fd != self._wakeup:
-                self._serve_link(key.data, events)
+            with self._control_lock:  # for each, so that a change gets its turn between them
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fd == self._wakeup:
+                    os.eventfd_read(self._wakeup)
+                else:
+                    self._serve_link(key.data, events)
         now_ns = time.monotonic_ns()
-        self._board.tick(now_ns)
-        self._act()
+        with self._control_lock:
+            self._board.tick(now_ns)
+            self._act()
+            self._attend()
         if self._accept_again_at_ns is not None and now_ns >= self._accept_again_at_ns and self._listener:
             self._accept_again_at_ns = None
             self._selector.register(self._listener, selectors.EVENT_READ)
 
-    def _patience_s(self) -> float | None:
+    def _attend(self) -> None:
+        """Rule 5: what was left to the loop."""
+        attention, self._attention = self._attention, []
+        for link in attention:
+            if link.peer in self._links:
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.unsent else 0)
+                self._selector.modify(link.sock, events, link)
+        retired, self._retired = self._retired, []
+        for link in retired:
+            self._selector.unregister(link.sock)
+            link.sock.close()
+        if retired and self._accept_again_at_ns is not None:
+            self._accept_again_at_ns = 0  # there is a descriptor now
         due = [at_ns for at_ns in (self._board.next_deadline_ns, self._accept_again_at_ns) if at_ns is not None]
+        self._asleep_until_ns = min(due, default=None)
+
+    def _wake_if_needed(self) -> None:
+        due = self._board.next_deadline_ns
+        earlier = due is not None and (self._asleep_until_ns is None or due < self._asleep_until_ns)
+        if not self._hung_up and (self._attention or self._retired or earlier):
+            os.eventfd_write(self._wakeup, 1)
+
+    def _patience_s(self) -> float | None:
+        if self._asleep_until_ns is None:
+            return None
         # Rounded up to the next millisecond, lest the loop turns idly in the last one.
-        return max(0, -((time.monotonic_ns() - min(due)) // 1_000_000)) / 1000 if due else None
+        return max(0, -((time.monotonic_ns() - self._asleep_until_ns) // 1_000_000)) / 1000
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -212,20 +300,29 @@ class ControlServer:
         if events & selectors.EVENT_WRITE and link.peer in self._links:
             self._flush(link)
         if events & selectors.EVENT_READ and link.peer in self._links:
-            try:
-                data = link.sock.recv(READ_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._board.lost(link.peer, f"could not be read: {error.strerror}", time.monotonic_ns())
-            else:
-                self._received_bytes += len(data)
-                self._board.received(link.peer, data, time.monotonic_ns())
+            self._read(link)
         self._act()
+
+    def _read(self, link: _Link) -> bool:
+        """Read once; false if there was nothing."""
+        try:
+            data = link.sock.recv(READ_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._board.lost(link.peer, f"could not be read: {error.strerror}", time.monotonic_ns())
+        else:
+            self._received_bytes += len(data)
+            self._board.received(link.peer, data, time.monotonic_ns())
+        self._act()
+        return True
 
     def _act(self) -> None:
         while actions := self._board.take_actions():
             for action in actions:
+                if isinstance(action, Note):
+                    _log.info("%s: %s", action.who, action.what)
+                    continue
                 link = self._links.get(action.peer)
                 if link is None:
                     continue
@@ -250,9 +347,9 @@ class ControlServer:
         if len(link.unsent) > self._limits.unsent_bytes:
             self._board.lost(link.peer, f"does not read: {len(link.unsent)} bytes are unsent", time.monotonic_ns())
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.unsent else 0)
-        if self._selector.get_key(link.sock).events != events:
-            self._selector.modify(link.sock, events, link)
+        if bool(link.unsent) != link.waits_for_room:
+            link.waits_for_room = bool(link.unsent)
+            self._attention.append(link)
 
     def _send_some(self, link: _Link) -> None:
         chunk = bytes(link.unsent[:READ_BYTES])
@@ -276,11 +373,8 @@ class ControlServer:
                 self._send_some(link)
         except OSError:
             _log.debug("%s: the farewell could not be sent", drop.who)
-        self._selector.unregister(link.sock)
-        link.sock.close()
         del self._links[link.peer]
-        if self._accept_again_at_ns is not None:
-            self._accept_again_at_ns = 0  # there is a descriptor now
+        self._retired.append(link)
 
 
 def _bind(listener: socket.socket, path: Path) -> None:

@@ -1,9 +1,10 @@
 """One daemon: everything that serves one share under one name, put together and taken apart in order.
 
 Start: claim the name, table (closed), export, control channel, table serving. Stop: table closed first, so that no agent
-trusts what it has; then the control channel, the export, the name. A killed daemon stops at any point of that: the next
-one finds an unclean name and holds changes until no agent can trust the old table any more. If it is stopped before
-that, it does not give the name free sooner either.
+trusts what it has or grants anything; then all guests are told to forget everything and waited for, one lease at most;
+then the control channel, the export, the name. A killed daemon stops at any point of that: the next one finds an unclean
+name and holds changes until no agent can trust the old table and no kernel can have anything that was granted under it.
+A daemon that is stopped before that, or does not wait for its guests, leaves the name unclean, too.
 """
 
 from __future__ import annotations
@@ -16,19 +17,25 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from coherency.daemon.changes import Changes
 from coherency.daemon.export import Export
-from coherency.daemon.runtime import RuntimeDirectory
+from coherency.daemon.holds import Hold
+from coherency.daemon.journal import SessionJournal
+from coherency.daemon.leasing import Leasing
+from coherency.daemon.ledger import Ledger
+from coherency.daemon.origins import Origins
+from coherency.daemon.recalls import Recalls
+from coherency.daemon.runtime import Claim, RuntimeDirectory
 from coherency.daemon.server import ControlServer
 from coherency.errors import TableError, UsageError
 from coherency.fuse.nodes import descriptor_budget
 from coherency.fuse.session import Session
-from coherency.ids import Epoch
+from coherency.leases import DEFAULT_LEASE_NS, agent_lease_ns
 from coherency.protocol import Welcome
 from coherency.protocol_fields import ReportValue
 from coherency.shm_memory import OwnedMemory, create_memfd, create_posix
@@ -47,6 +54,10 @@ log = logging.getLogger(__name__)
 _SECOND_NS: Final = 1_000_000_000
 _PREDECESSOR_ENDS_NS: Final = _SECOND_NS
 _LOOK_AGAIN_S: Final = 0.02
+_EXPORT_THREADS: Final = 1024
+"""Changes that wait for guests leave threads for those that do not."""
+DANGERS: Final = ("no-bumps", "no-recalls")
+"""What can be switched off, to see what it is for."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ class ServiceOptions:
     posix_table: bool = False
     slot_count: int = DEFAULT_SLOT_COUNT
     gid: int | None = None  # of whoever may be a guest, beside this user
-    live_dangerously: bool = False
+    lease_ns: int = DEFAULT_LEASE_NS
+    live_dangerously: str | None = None  # one of DANGERS
 
 
 class Service:
@@ -72,6 +84,9 @@ class Service:
         self._undo = contextlib.ExitStack()
         self._stop_beating = threading.Event()
         self._close_lock = threading.Lock()
+        self._hurried: Callable[[], bool] = lambda: True
+        self._settled = True
+        self.hold = Hold()
 
     def start(self) -> None:
         """Everything is up when this returns; nothing is left behind when it raises."""
@@ -85,11 +100,10 @@ class Service:
         with contextlib.ExitStack() as until_owned:
             until_owned.callback(os.close, share)
             claim = directory.claim()
-            claimed_at_ns = time.monotonic_ns()
-            undo.callback(claim.release)
-            hold_until_ns = claimed_at_ns + TRUST_NS + TRUST_MARGIN_NS if claim.unclean else 0
-            # A name given free before would be a clean one to the next daemon, which would not wait for the rest.
-            undo.callback(_wait_until, hold_until_ns)
+            undo.callback(self._release, claim)
+            held_until_ns = time.monotonic_ns() + TRUST_NS + TRUST_MARGIN_NS if claim.unclean else 0
+            self.journal = SessionJournal(directory.sessions, lease_ns=options.lease_ns, held_until_ns=held_until_ns)
+            self.hold = self.journal.hold
             undo.callback(_only_daemon_of(share, options.share).close)
             if options.posix_table:
                 refusal = f"another daemon serves from the table of '{options.name}'; choose another --name"
@@ -100,37 +114,58 @@ class Service:
             undo.callback(memory.close)
             undo.callback(memory.unlink)
             os.symlink(memory.path, directory.table)
-            self.changes = Changes(table, hold_until_ns=hold_until_ns, live_dangerously=options.live_dangerously)
-            export = self.export = Export(share, self.changes, descriptor_limit=descriptor_budget())
+            read_only = memory.read_only_fd()
+            undo.callback(os.close, read_only)
+            self.server = self._make_server(read_only)
+            undo.callback(self.server.close)
+            origins = Origins(self.leasing.has)
+            self.recalls = Recalls(self.server, origins)
+            self.changes = Changes(
+                table, hold=self.hold,
+                recalls=None if options.live_dangerously == "no-recalls" else self.recalls,
+                bumps=options.live_dangerously != "no-bumps",
+            )  # fmt: skip
+            export = Export(share, self.changes, descriptor_limit=descriptor_budget(), origins=origins)
+            self.export = export
             until_owned.pop_all()
         try:
             self.session = Session.mount(
-                str(directory.export), export, source=f"coherency:{options.name}", name=f"export-{options.name}"
-            )
+                str(directory.export), export, source=f"coherency:{options.name}", name=f"export-{options.name}",
+                max_threads=_EXPORT_THREADS,
+            )  # fmt: skip
         except BaseException:
             export.close()
             raise
         undo.callback(self.session.close)
         self.session.start()
-        read_only = memory.read_only_fd()
-        undo.callback(os.close, read_only)
-        high, low = table.table_id
-        welcome = Welcome(
-            0, 0, 0, high, low, table.table_bytes, TRUST_NS, os.path.abspath(options.share), str(directory.export)
-        )
-        self.server = ControlServer(
-            directory.control_socket,
-            welcome=welcome, table_fd=read_only, status=self.report, invalidate=table.advance_epoch,
-        )  # fmt: skip
         undo.callback(self.server.close)
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         heart.start()
         undo.callback(heart.join)
         undo.callback(self._stop_beating.set)
+        undo.callback(self._settle)
         undo.callback(table.close)
         table.set_state(State.SERVING)
         self.server.start()
         self._hand_to_group(directory.control_socket)
+
+    def _release(self, claim: Claim) -> None:
+        claim.release(clean=self._settled and not self.hold.left_ns(time.monotonic_ns()))
+
+    def _make_server(self, table_fd: int) -> ControlServer:
+        options, table = self.options, self.table
+        ledger = Ledger(lease_ns=options.lease_ns, slot_count=table.slot_count)
+        self.leasing = Leasing(
+            ledger, lease_ns=options.lease_ns, journal=self.journal,
+            epoch=lambda: table.statistics().epoch, new_session=lambda: secrets.randbits(63) + 1,
+        )  # fmt: skip
+        high, low = table.table_id
+        share, export = os.path.abspath(options.share), str(self.directory.export)
+        welcome = Welcome(0, 0, agent_lease_ns(options.lease_ns), high, low, table.table_bytes, TRUST_NS, share, export)
+        return ControlServer(
+            self.directory.control_socket,
+            welcome=welcome, table_fd=table_fd, status=self.report, invalidate=table.advance_epoch, leasing=self.leasing,
+        )  # fmt: skip
 
     def _hand_to_group(self, path: Path) -> None:
         if self.options.gid is not None:
@@ -169,14 +204,27 @@ class Service:
         """Until somebody unmounts the export behind our back; false after ``timeout_s``."""
         return self.session.wait(timeout_s)
 
-    def close(self) -> None:
-        """Stop in order. Who uses the export gets errors from now on."""
+    def close(self, *, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Stop in order: within one lease, and a few seconds. Who uses the export gets errors from now on.
+
+        ``hurried`` is asked again and again: once it says so, no guest is waited for, and the next daemon must.
+        """
+        self._hurried = hurried
         with self._close_lock:
             undo, self._undo = self._undo, contextlib.ExitStack()
         undo.close()
 
-    def invalidate(self) -> Epoch:
-        return self.table.advance_epoch()
+    def _settle(self) -> None:
+        """Until no kernel has anything that was granted, by this daemon or its predecessor, or there is no time for that."""
+        over = threading.Event()
+        round_ = self.server.recall(None, over.set)
+        while (round_.pending or self.hold.left_ns(time.monotonic_ns())) and not self._hurried():
+            time.sleep(_LOOK_AGAIN_S)
+            if time.monotonic_ns() > round_.until_ns:
+                self.server.evict_due()
+        self._settled = not round_.pending
+        self.hold.give_up()
+        self.recalls.give_up()
 
     def report(self) -> Mapping[str, ReportValue]:
         """The daemon's part of ``coherency status``."""
@@ -198,10 +246,6 @@ class Service:
             "descriptors": nodes.descriptors,
             "bumping": "on" if self.changes.bumps else "off",
         }
-
-
-def _wait_until(at_ns: int) -> None:
-    time.sleep(max(0, at_ns - time.monotonic_ns()) / _SECOND_NS)
 
 
 def _only_daemon_of(share: int, path: Path) -> socket.socket:

@@ -12,19 +12,25 @@ Rules:
 5. Every answer to a StatusRequest is of a run that began after the request came.  There is one run at a time; who asks
    meanwhile waits for the next.
 6. The guests' ids rise from 1 and are not used again by this daemon.
+7. Messages about grants go to `leasing`.  A guest whose lease is over is told so and dropped; an operator's new epoch is
+   answered when nobody can have anything of the old one in its kernel, which takes one lease at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
+from coherency.daemon.actions import Action, Drop, Note, Send
 from coherency.daemon.deadlines import Deadlines
+from coherency.daemon.leasing import Leasing, OfGrants
+from coherency.daemon.ledger import Round
 from coherency.daemon.peer_states import Credentials, GuestSnapshot, Peer, PeerEvent, PeerId, PeerState, next_state
 from coherency.errors import MessageError, PeerError, ProtocolVersionError
-from coherency.ids import Epoch
+from coherency.ids import Epoch, GrantKey
 from coherency.protocol import (
+    Evicted,
     Goodbye,
     GuestReport,
     Hello,
@@ -53,29 +59,6 @@ class Limits:
     statistics_ns: int = 500_000_000
     unsent_bytes: int = 1 << 20
     accept_pause_ns: int = 1_000_000_000
-
-
-class Send(NamedTuple):
-    """Send `frame`.  If `joined` is not empty this is a Welcome: log who joined, and send the table's descriptor."""
-
-    peer: PeerId
-    frame: bytes
-    joined: str = ""
-
-
-class Drop(NamedTuple):
-    """Close the connection.  Send `farewell` if that needs no waiting; log `reason`, as a warning unless `orderly`."""
-
-    peer: PeerId
-    who: str
-    reason: str
-    orderly: bool
-    was_guest: bool
-    farewell: bytes = b""
-    error: Exception | None = None
-
-
-Action = Send | Drop
 
 
 class SwitchboardStatistics(NamedTuple):
@@ -110,7 +93,7 @@ _RUN_DEADLINE: Final = (PeerId(0), "run")
 
 
 class Switchboard:
-    """All conversations.  One thread calls it; `guests` and `statistics` may be called from any.
+    """All conversations.  Called under one lock; `guests` and `statistics` need none.
 
     Every call may leave actions, to be taken by `take_actions` and carried out in order before the next call.
 
@@ -125,6 +108,7 @@ class Switchboard:
         welcome: Welcome,
         status: Callable[[], Mapping[str, ReportValue]],
         invalidate: Callable[[], Epoch],
+        leasing: Leasing,
         own_uid: int,
         limits: Limits,
     ) -> None:
@@ -132,6 +116,7 @@ class Switchboard:
         self._welcome = welcome
         self._status = status
         self._invalidate = invalidate
+        self._leasing = leasing
         self._own_uid = own_uid
         self._limits = limits
         self._actions: list[Action] = []
@@ -140,6 +125,7 @@ class Switchboard:
         self._guests: dict[PeerId, Peer] = {}
         self._run: _Run | None = None
         self._next_askers: list[PeerId] = []
+        self._recalled: list[tuple[PeerId, Epoch]] = []
         self._opened = self._welcomed = self._dropped = self._messages = self._runs = 0
 
     # --- what the server calls ---------------------------------------------------------------------------------
@@ -152,14 +138,15 @@ class Switchboard:
     @property
     def next_deadline_ns(self) -> int | None:
         """When `tick` must be called next at the latest."""
-        return self._deadlines.next_ns
+        due = [at_ns for at_ns in (self._deadlines.next_ns, self._leasing.next_deadline_ns) if at_ns is not None]
+        return min(due, default=None)
 
     def opened(self, credentials: Credentials, now_ns: int) -> PeerId:
         """Somebody has connected."""
         self._opened += 1
         peer = Peer(PeerId(self._opened), credentials)
         self._peers[peer.peer_id] = peer
-        if len(self._peers) > self._limits.peers:
+        if len(self._peers) + self._leasing.lost > self._limits.peers:
             self._drop(peer, "too many connections", now_ns, code=RefusalCode.FULL)
         else:
             self._deadlines.set((peer.peer_id, _OPENING), now_ns + self._limits.opening_ns)
@@ -184,6 +171,8 @@ class Switchboard:
         except PeerError as error:
             code = RefusalCode.VERSION if isinstance(error, ProtocolVersionError) else RefusalCode.FAULT
             self._drop(peer, str(error), now_ns, code=code)
+        finally:
+            self._answer_invalidations(now_ns)
 
     def lost(self, peer_id: PeerId, reason: str, now_ns: int) -> None:
         """The connection is of no use any more, by `reason`."""
@@ -201,9 +190,26 @@ class Switchboard:
             limit_ns = self._limits.frame_ns if what == _FRAME else self._limits.opening_ns
             text = f"{reason} within {limit_ns / 1e9:g} s"
             self._drop(self._peers[peer_id], text, now_ns, event=PeerEvent.DEADLINE, code=RefusalCode.LATE)
+        for session, connection, who in self._leasing.evict_due(now_ns):
+            reason = f"its lease of {self._leasing.lease_ns / 1e9:g} s is over"
+            if connection is None:
+                self._actions.append(Note(who, reason))
+            else:
+                farewell = encode(Evicted(session))
+                self._drop(self._peers[connection], reason, now_ns, event=PeerEvent.DEADLINE, farewell=farewell)
+        self._answer_invalidations(now_ns)
+
+    def recall(self, keys: Iterable[GrantKey] | None, wake: Callable[[], None], now_ns: int) -> Round:
+        """Recall keys, or everything (None), from all who have them: see `Ledger.recall`."""
+        round_, recalls = self._leasing.recall(keys, wake, now_ns)
+        for peer_id, recall in recalls:
+            self._actions.append(Send(peer_id, encode(recall)))
+        return round_
 
     def end(self) -> None:
-        """Forget everybody: the server has hung up."""
+        """Forget everybody: the server has hung up.  Who has grants is lost, and waited for as before."""
+        for peer in self._guests.values():
+            self._leasing.end(peer, goodbye=False)
         self._peers.clear()
         self._guests.clear()
         self._actions.clear()
@@ -256,14 +262,24 @@ class Switchboard:
             self._start_run(now_ns)
         elif isinstance(message, InvalidateRequest):
             self._invalidate_for(peer, now_ns)
+        elif isinstance(message, OfGrants) and (answer := self._leasing.answer(peer, message, now_ns)):
+            self._actions.append(Send(peer.peer_id, encode(answer)))
 
     def _take_in(self, peer: Peer, hello: Hello, now_ns: int) -> None:
+        former = self._leasing.end_former(hello, peer.credentials.uid)
+        if former is not None:
+            self._drop(self._peers[former], "has come again", now_ns, event=PeerEvent.END, orderly=True)
         self._welcomed += 1
         peer.snapshot = GuestSnapshot(
             self._welcomed, hello.name, hello.pid, hello.mode, peer.credentials, now_ns, statistics=None
         )
         self._guests[peer.peer_id] = peer
-        welcome = replace(self._welcome, guest_id=self._welcomed)
+        try:
+            self._leasing.begin(peer, hello, now_ns)
+        except OSError as error:
+            self._fail(peer, error, now_ns)
+            return
+        welcome = replace(self._welcome, guest_id=self._welcomed, session=peer.session)
         self._actions.append(Send(peer.peer_id, encode(welcome), joined=f"{peer}, mode {hello.mode}"))
 
     def _invalidate_for(self, peer: Peer, now_ns: int) -> None:
@@ -272,11 +288,25 @@ class Switchboard:
             self._drop(peer, reason, now_ns, code=RefusalCode.PERMISSION)
             return
         try:
-            frame = encode(Invalidated(self._invalidate()))
+            epoch = self._invalidate()
         except Exception as error:  # noqa: BLE001 - it costs the asker its answer, and nobody else anything
-            self._drop(peer, "could not be answered", now_ns, code=RefusalCode.INTERNAL, error=error)
+            self._fail(peer, error, now_ns)
             return
-        self._actions.append(Send(peer.peer_id, frame))
+        done = (peer.peer_id, epoch)
+        if not self.recall(None, lambda: self._recalled.append(done), now_ns).pending:
+            self._recalled.append(done)
+            self._answer_invalidations(now_ns)
+
+    def _answer_invalidations(self, now_ns: int) -> None:
+        """Tell those for whom it is done.  The end of a round only notes it, since it may come in the middle of anything."""
+        while self._recalled:
+            peer_id, epoch = self._recalled.pop(0)
+            if peer := self._peers.get(peer_id):
+                self._enter(peer, next_state(peer.state, PeerEvent.ANSWERED), now_ns)
+                self._actions.append(Send(peer_id, encode(Invalidated(epoch))))
+
+    def _fail(self, peer: Peer, error: Exception, now_ns: int) -> None:
+        self._drop(peer, "could not be answered", now_ns, code=RefusalCode.INTERNAL, error=error)
 
     def _drop(
         self,
@@ -287,6 +317,7 @@ class Switchboard:
         event: PeerEvent = PeerEvent.FAULT,
         orderly: bool = False,
         code: RefusalCode | None = None,
+        farewell: bytes = b"",
         error: Exception | None = None,
     ) -> None:
         self._enter(peer, next_state(peer.state, event), now_ns)
@@ -294,7 +325,8 @@ class Switchboard:
         self._deadlines.clear((peer.peer_id, _FRAME))
         del self._peers[peer.peer_id]
         self._guests.pop(peer.peer_id, None)
-        farewell = encode(Refusal(code, reason)) if code else b""
+        self._leasing.end(peer, goodbye=orderly)
+        farewell = encode(Refusal(code, reason)) if code else farewell
         was_guest = peer.snapshot is not None
         self._actions.append(Drop(peer.peer_id, str(peer), reason, orderly, was_guest, farewell, error))
         if peer.peer_id in self._next_askers:
@@ -356,9 +388,7 @@ class Switchboard:
             frames = self._status_frames(run.answered, now_ns)
         except Exception as error:  # noqa: BLE001 - it costs the askers their answer, and nobody else anything
             for peer_id in run.askers:
-                self._drop(
-                    self._peers[peer_id], "could not be answered", now_ns, code=RefusalCode.INTERNAL, error=error
-                )
+                self._fail(self._peers[peer_id], error, now_ns)
         else:
             for peer_id in run.askers:
                 self._enter(self._peers[peer_id], next_state(self._peers[peer_id].state, PeerEvent.ANSWERED), now_ns)
@@ -393,6 +423,7 @@ class Switchboard:
     def check(self) -> None:
         """Assert the rules between two calls; only from the thread that makes the calls."""
         self._deadlines.check()
+        self._leasing.check()
         run_askers = self._run.askers if self._run else []
         asking = [*run_askers, *self._next_askers]
         assert len(asking) == len(set(asking)), asking

@@ -25,11 +25,24 @@ from typing import Final, NamedTuple, Self, TypeAlias
 from coherency.errors import CoherencyError
 from coherency.fuse import syscalls
 from coherency.fuse.mounts import mounts
-from coherency.sim.calls import ATTRIBUTE_FILES, DIRECTORIES, INITIAL_MODE, XATTR
-from coherency.sim.faults import FAULTS, Fault
+from coherency.rendezvous import CONTROL_SOCKET_NAME
+from coherency.sim.calls import (
+    ATTRIBUTE_FILES,
+    COPY_SOURCE,
+    COPY_SOURCE_BYTES,
+    DIRECTORIES,
+    INITIAL_MODE,
+    NAME_DIRECTORIES,
+    XATTR,
+    Scene,
+)
+from coherency.sim.faults import DEFAULT_LEASE_NS, FAULTS, Fault, patience_ns
 from coherency.sim.history import mtime_ns
-from coherency.sim.verdict import AUTO_TIMEOUT_NS, Window
-from coherency.sim.worker import Orders, prepare_groups
+from coherency.sim.plots import prepare_plots
+from coherency.sim.relay import Relay
+from coherency.sim.verdict import AUTO_TIMEOUT_NS, GRANTING, PROMISES, Promise
+from coherency.sim.waits import Window
+from coherency.sim.worker import Orders
 
 START_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 15.0
@@ -38,7 +51,18 @@ _PROBE_EVERY_S: Final = 0.05
 _NAME: Final = "sim"
 _SECOND_NS: Final = 1_000_000_000
 _LOG_TAIL_BYTES: Final = 2000
+_NAMES_PER_GUEST: Final = 2
+_TREES: Final = 2
+_KEPT_FILES: Final = 2
+_RACES: Final = 2
 _Hold: TypeAlias = Callable[[], object]
+
+
+# How many looks there are for each change: of the workers that mostly change, and of the others.
+_LOOKS: Final = {"everything": (1, 30), "same-directory": (0, 4)}
+WORKLOADS: Final = tuple(_LOOKS)
+SERVE_DANGEROUSLY: Final = ("no-bumps", "no-recalls")
+MOUNT_DANGEROUSLY: Final = ("ack-first", "inval-entry", "no-self-recall")
 
 
 class Setup(NamedTuple):
@@ -46,10 +70,26 @@ class Setup(NamedTuple):
 
     guests: int
     workers: int  # of each guest, half of which (but at least one) mostly change things
-    groups: int
     cache: str
     seed: int
-    live_dangerously: bool
+    workload: str = WORKLOADS[0]
+    lease_ns: int = DEFAULT_LEASE_NS
+    live_dangerously: str = ""
+    has_relays: bool = False  # between agents and daemon, for faults of the channel
+
+    @property
+    def scene(self) -> Scene:
+        """Races are for the modes that promise that they have an order."""
+        races = _RACES if PROMISES[self.cache] is Promise.LINEARIZABLE else 0
+        names = _NAMES_PER_GUEST * self.guests
+        if self.workload == "same-directory":
+            return Scene(names, races=races, has_attribute_files=False, directories=NAME_DIRECTORIES[:1])
+        return Scene(names, _TREES, _KEPT_FILES, races)
+
+    @property
+    def known_lease_ns(self) -> int:
+        """0 in modes that know none."""
+        return self.lease_ns if self.cache in GRANTING else 0
 
 
 class NotRecovered(CoherencyError):
@@ -63,16 +103,20 @@ class Machine:
         self.setup, self._tell = setup, tell
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._relays: dict[int, Relay] = {}
 
     def __enter__(self) -> Self:
         self.directory = Path(tempfile.mkdtemp(prefix="coherency-sim-"))
         self.share = self.directory / "share"
         self._groups = self.directory / "groups"
+        self._runtime_root = self.directory / "run"
         try:
             self._prepare()
             self._tell(f"starting a daemon and {self.setup.guests} guests (--cache {self.setup.cache}) ...")
             self._serve()
             for guest in range(self.setup.guests):
+                if self.setup.has_relays:
+                    self._relays[guest] = Relay(self.directory / f"relay{guest}", self._runtime_root / _NAME / CONTROL_SOCKET_NAME)
                 self._mount(guest)
         except BaseException:
             self.close()
@@ -91,8 +135,9 @@ class Machine:
             file.chmod(INITIAL_MODE)
             os.setxattr(file, XATTR, b"0")
             os.utime(file, ns=(0, mtime_ns(0)))
+        (self.share / COPY_SOURCE).write_bytes(bytes(COPY_SOURCE_BYTES))
         self._groups.mkdir()
-        prepare_groups(self._groups, self.setup.groups)
+        prepare_plots(self._groups, self.setup.scene)
         for guest in range(self.setup.guests):
             self.mountpoint(guest).mkdir()
             for directory in DIRECTORIES:  # rule 3
@@ -108,17 +153,31 @@ class Machine:
     # ---- daemon and agents ----
 
     def _serve(self) -> None:
-        flags = ["--live-dangerously"] if self.setup.live_dangerously else []
-        self._start(_who(None), "serve", str(self.share), "--name", _NAME, *flags)
+        self._start(
+            _who(None), self._runtime_root, "serve", str(self.share), "--name", _NAME, *self._lease_options(),
+            *self._dangers(SERVE_DANGEROUSLY),
+        )  # fmt: skip
+
+    def _lease_options(self) -> list[str]:
+        lease_ns = self.setup.known_lease_ns
+        return ["--lease", str(lease_ns / _SECOND_NS)] if lease_ns else []
+
+    def _dangers(self, known: tuple[str, ...]) -> list[str]:
+        danger = self.setup.live_dangerously
+        return ["--live-dangerously", danger] if danger in known else []
 
     def _mount(self, guest: int) -> None:
         mode = self.setup.cache
         timeout = ["--timeout", str(AUTO_TIMEOUT_NS / _SECOND_NS)] if mode == "auto" else []
         name = _who(guest)
-        self._start(name, "mount", _NAME, str(self.mountpoint(guest)), "--cache", mode, "--guest", name, *timeout)
+        runtime_root = self._relays[guest].runtime_root if guest in self._relays else self._runtime_root
+        self._start(
+            name, runtime_root, "mount", _NAME, str(self.mountpoint(guest)), "--cache", mode, "--guest", name, *timeout,
+            *self._dangers(MOUNT_DANGEROUSLY),
+        )  # fmt: skip
 
-    def _start(self, who: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", "coherency", *arguments, "--runtime-dir", str(self.directory / "run")]
+    def _start(self, who: str, runtime_root: Path, *arguments: str) -> None:
+        command = [sys.executable, "-m", "coherency", *arguments, "--runtime-dir", str(runtime_root)]
         with open(self.directory / f"{who}.log", "ab") as log:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, start_new_session=True, env=_environment()
@@ -149,9 +208,9 @@ class Machine:
                 guest=guest,
                 worker=number,
                 workers=total,
-                group_count=setup.groups,
+                scene=setup.scene,
                 seed=f"{setup.seed}/{number}",
-                writes=place < max(setup.workers // 2, 1),
+                looks=_LOOKS[setup.workload][0 if place < max(setup.workers // 2, 1) else 1],
                 until_ns=until_ns,
             )
             name = f"worker{number}"
@@ -187,16 +246,21 @@ class Machine:
 
         Raises :class:`NotRecovered` if it does not.
         """
-        start_ns = time.monotonic_ns()
-        self._inject(fault.kind, fault.guest, lambda: wait(fault.hold_ns / _SECOND_NS))
-        everybody = range(self.setup.guests)
+        setup, start_ns = self.setup, time.monotonic_ns()
+        self._inject(fault, lambda: wait(fault.hold_ns / _SECOND_NS))
+        everybody = range(setup.guests)
         for guest in everybody:
             self._await_recovery(guest)
         broken = {"nobody": (), "guest": (fault.guest,), "all": everybody}[FAULTS[fault.kind].breaks]
-        return Window(str(fault), start_ns, time.monotonic_ns(), tuple(guest for guest in broken if guest is not None))
+        own_ns, others_ns = patience_ns(fault, setup.known_lease_ns, setup.guests * setup.workers)
+        return Window(
+            str(fault), start_ns, time.monotonic_ns(), tuple(guest for guest in broken if guest is not None), fault.guest,
+            own_ns, others_ns,
+        )  # fmt: skip
 
-    def _inject(self, kind: str, guest: int | None, hold: _Hold) -> None:
-        match kind:
+    def _inject(self, fault: Fault, hold: _Hold) -> None:
+        guest = fault.guest
+        match fault.kind:
             case "stop-agent" | "stop-daemon":
                 with self._stopped(guest):
                     hold()
@@ -208,8 +272,27 @@ class Machine:
                 with self._stopped(guest):
                     self._start_again(None, lambda: None, signal.SIGKILL)
                     hold()
+            case "cut-channel" | "mute-channel" | "slow-acks" | "slow-recalls":
+                self._disturb_channel(fault, hold)
             case _:
-                raise ValueError(f"nobody knows how to {kind}")
+                raise ValueError(f"nobody knows how to {fault.kind}")
+
+    def _disturb_channel(self, fault: Fault, hold: _Hold) -> None:
+        assert fault.guest is not None
+        relay = self._relays[fault.guest]
+        match fault.kind:
+            case "cut-channel":
+                relay.cut()
+            case "mute-channel":
+                relay.mute()
+            case "slow-acks":
+                relay.delay(to_daemon_ns=fault.delay_ns)
+            case _:
+                relay.delay(to_guest_ns=fault.delay_ns)
+        try:
+            hold()
+        finally:
+            relay.mend()
 
     @contextlib.contextmanager
     def _stopped(self, guest: int | None) -> Iterator[None]:
@@ -286,6 +369,8 @@ class Machine:
         for mount in reversed(mounts()):
             if Path(os.fsdecode(mount.path)).is_relative_to(self.directory.resolve()):
                 syscalls.umount(os.fsdecode(mount.path), syscalls.MNT_DETACH)
+        for relay in self._relays.values():
+            relay.close()
         for process in self.workers.values():
             process.wait()  # with its mount gone, nothing holds it any more
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -79,7 +79,7 @@ class Desk:
         assert isinstance(table, OneSlotEach)
         table.inodes = []
         self.table = table
-        self.changes = Changes(self.table, live_dangerously=not bumps)
+        self.changes = Changes(self.table, bumps=bumps)
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.export = Export(descriptor, self.changes, descriptor_limit=100)
         self._operations = cast("Mapping[int, Callable[[Request], Reply]]", self.export.operations)

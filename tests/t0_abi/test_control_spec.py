@@ -62,6 +62,7 @@ def test_rendezvous() -> None:
         rendezvous.CONTROL_SOCKET_NAME,
         rendezvous.TABLE_LINK_NAME,
         rendezvous.EXPORT_DIRECTORY_NAME,
+        rendezvous.SESSIONS_FILE_NAME,
     ]
     assert f"`{rendezvous.DEFAULT_RUNTIME_ROOT}`" in section("1. Rendezvous")
     assert f"stream, mode {SOCKET_MODE:04o}" in section("1. Rendezvous")

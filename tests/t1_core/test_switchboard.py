@@ -1,20 +1,20 @@
 """The daemon's conversations, with bytes and times as arguments: no socket, no clock, no waiting."""
 
-from collections.abc import Mapping
+
+from dataclasses import replace
 
 import pytest
 
+from coherency.daemon.actions import Drop, Send
 from coherency.daemon.deadlines import Deadlines
 from coherency.daemon.peer_states import TRANSITIONS, Credentials, PeerEvent, PeerId, PeerState, next_state
-from coherency.daemon.switchboard import Drop, Limits, Send, Switchboard
+from coherency.daemon.switchboard import Switchboard
 from coherency.errors import MessageError
 from coherency.ids import Epoch
 from coherency.protocol import (
     CATALOGUE,
-    Decoder,
     Goodbye,
     GuestReport,
-    Hello,
     Invalidated,
     InvalidateRequest,
     Message,
@@ -28,91 +28,21 @@ from coherency.protocol import (
     Welcome,
     encode,
 )
-from coherency.protocol_fields import ReportValue
 from tests.control_messages import REPORT, frame, packed
+from tests.switchboards import (
+    FIRST_SESSION,
+    HELLO,
+    LIMITS,
+    OWN_UID,
+    OWNER,
+    ROOT,
+    STRANGER,
+    WELCOME,
+    Bench,
+    make_leasing,
+)
 
-OWN_UID = 1000
-ROOT, OWNER, STRANGER = Credentials(10, 0), Credentials(11, OWN_UID), Credentials(12, 1001)
-HELLO = Hello(name="g", pid=1, mode="access", former=0)
 COUNTERS = Statistics(0, 1, 2, 3, 4, 5)
-WELCOME = Welcome(0, 5, 9 * 10**9, 7, 8, 4096, 10**9, "/share", "/export")
-LIMITS = Limits(peers=8, opening_ns=1000, frame_ns=500, statistics_ns=100)
-
-
-class Bench:
-    """A switchboard whose sent frames are decoded, peer by peer, and whose drops are kept."""
-
-    def __init__(self, limits: Limits = LIMITS) -> None:
-        self.now_ns = 0
-        self.report: Mapping[str, ReportValue] = REPORT
-        self.epoch = 1
-        self.board = Switchboard(
-            welcome=WELCOME,
-            status=lambda: self.report,
-            invalidate=self._invalidate,
-            own_uid=OWN_UID,
-            limits=limits,
-        )
-        self.got: dict[PeerId, list[Message]] = {}
-        self.dropped: dict[PeerId, Drop] = {}
-
-    def _invalidate(self) -> Epoch:
-        if self.epoch == 0:
-            raise OSError("the table is gone")
-        self.epoch += 1
-        return Epoch(self.epoch)
-
-    def open(self, credentials: Credentials = STRANGER) -> PeerId:
-        peer = self.board.opened(credentials, self.now_ns)
-        self.got[peer] = []
-        self.act()
-        return peer
-
-    def guest(self, name: str = "g") -> PeerId:
-        peer = self.open()
-        self.send(peer, Hello(name=name, pid=1, mode="access", former=0))
-        assert [type(message) for message in self.take(peer)] == [Welcome]
-        return peer
-
-    def send(self, peer: PeerId, *messages: Message) -> None:
-        self.raw(peer, b"".join(map(encode, messages)))
-
-    def raw(self, peer: PeerId, data: bytes) -> None:
-        self.board.received(peer, data, self.now_ns)
-        self.act()
-
-    def hang_up(self, peer: PeerId) -> None:
-        self.raw(peer, b"")
-
-    def pass_time(self, to_ns: int) -> None:
-        """Let the time pass as the server does: from deadline to deadline."""
-        while (due := self.board.next_deadline_ns) is not None and due <= to_ns:
-            self.now_ns = due
-            self.board.tick(due)
-            self.act()
-        self.now_ns = to_ns
-        self.board.tick(to_ns)
-        self.act()
-
-    def act(self) -> None:
-        for action in self.board.take_actions():
-            assert action.peer not in self.dropped, "nothing is sent to who was dropped"
-            data = action.frame if isinstance(action, Send) else action.farewell
-            self.got[action.peer] += Decoder().feed(data)
-            if isinstance(action, Drop):
-                self.dropped[action.peer] = action
-        self.board.check()
-
-    def take(self, peer: PeerId) -> list[Message]:
-        messages, self.got[peer] = self.got[peer], []
-        return messages
-
-    def refusal(self, peer: PeerId) -> RefusalCode:
-        """The code with which this peer was dropped."""
-        (message,) = self.take(peer)
-        assert isinstance(message, Refusal)
-        assert message.text == self.dropped[peer].reason
-        return RefusalCode(message.code)
 
 
 # --- guests --------------------------------------------------------------------------------------------------------
@@ -124,7 +54,7 @@ def test_a_guest_is_welcomed_with_an_id_of_its_own() -> None:
         peer = bench.open()
         bench.send(peer, HELLO)
         (welcome,) = bench.take(peer)
-        assert welcome == Welcome(expected_id, 5, 9 * 10**9, 7, 8, 4096, 10**9, "/share", "/export")
+        assert welcome == replace(WELCOME, guest_id=expected_id, session=FIRST_SESSION + expected_id - 1)
     bench.hang_up(PeerId(1))
     assert [guest.guest_id for guest in bench.board.guests()] == [2]
     bench.guest()
@@ -175,6 +105,7 @@ def test_a_welcome_that_cannot_be_sent_is_refused_before_there_are_guests() -> N
             welcome=Welcome(0, 5, 9 * 10**9, 7, 8, 4096, 10**9, "", "/export"),
             status=lambda: REPORT,
             invalidate=lambda: Epoch(1),
+            leasing=make_leasing(),
             own_uid=OWN_UID,
             limits=LIMITS,
         )

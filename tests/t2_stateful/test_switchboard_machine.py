@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from coherency.daemon.actions import Drop, Note, Send
 from coherency.daemon.peer_states import Credentials, PeerId
-from coherency.daemon.switchboard import Drop, Limits, Send, Switchboard
+from coherency.daemon.switchboard import Limits, Switchboard
 from coherency.ids import Epoch
 from coherency.protocol import (
     Decoder,
@@ -24,6 +25,7 @@ from coherency.protocol import (
     encode,
 )
 from tests.control_messages import REPORT, frame, messages
+from tests.switchboards import make_leasing
 
 LIMITS = Limits(peers=6, opening_ns=1000, frame_ns=400, statistics_ns=100)
 OPERATOR_PATIENCE_NS = 2 * LIMITS.statistics_ns
@@ -48,6 +50,7 @@ class Hostility(RuleBasedStateMachine):
             welcome=Welcome(0, 5, 9 * 10**9, 1, 2, 4096, 10**9, "/share", "/export"),
             status=lambda: REPORT,
             invalidate=lambda: Epoch(1),
+            leasing=make_leasing(),
             own_uid=0,
             limits=LIMITS,
         )
@@ -70,6 +73,8 @@ class Hostility(RuleBasedStateMachine):
 
     def act(self) -> None:
         for action in self.board.take_actions():
+            if isinstance(action, Note):
+                continue
             assert action.peer not in self.dropped
             data = action.frame if isinstance(action, Send) else action.farewell
             for message in self.decoders[action.peer].feed(data):

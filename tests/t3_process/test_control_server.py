@@ -42,6 +42,7 @@ from coherency.protocol import (
 from coherency.shm_table import TableReader
 from tests.control_daemon import PATIENT, ControlDaemon, DaemonProcess
 from tests.control_messages import REPORT, frame
+from tests.switchboards import make_leasing
 from tests.waiting import until
 
 QUICK = Limits(opening_ns=400_000_000, frame_ns=200_000_000, statistics_ns=10_000_000_000)
@@ -507,6 +508,7 @@ def unstarted(path: Path) -> ControlServer:
         table_fd=0,
         status=lambda: REPORT,
         invalidate=lambda: pytest.fail("not called"),
+        leasing=make_leasing(),
     )
 
 

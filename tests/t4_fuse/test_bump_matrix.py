@@ -113,7 +113,7 @@ def stage(make_socket_dir: Callable[[], Path]) -> Iterator[Stage]:
 
 @pytest.fixture(scope="module")
 def dangerous_stage(make_socket_dir: Callable[[], Path]) -> Iterator[Stage]:
-    with Stage.set_up(make_socket_dir(), "--live-dangerously") as stage:
+    with Stage.set_up(make_socket_dir(), "--live-dangerously", "no-bumps") as stage:
         yield stage
 
 

@@ -282,7 +282,7 @@ def test_status_of_several_and_of_what_is_left_of_a_killed_one(host: Host) -> No
     (host.directory / "second").mkdir()
     second = Program(
         host.directory / "second.log", "serve", host.directory / "second", "--name", "another", "--runtime-dir", host.runtime_dir,
-        "--live-dangerously",
+        "--live-dangerously", "no-bumps",
     )  # fmt: skip
     reports = json.loads(coherency("status", "--json", "--runtime-dir", host.runtime_dir).stdout)
     assert [(report["name"], report["bumping"]) for report in reports] == [("another", "off"), ("test", "on")]

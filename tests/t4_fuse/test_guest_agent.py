@@ -373,7 +373,7 @@ def test_answers_follow_every_change(make_socket_dir: Callable[[], Path]) -> Non
 
 
 def test_answers_do_not_follow_without_bumps(make_socket_dir: Callable[[], Path]) -> None:
-    with Host(make_socket_dir(), "--live-dangerously") as host, host.agent() as agent:
+    with Host(make_socket_dir(), "--live-dangerously", "no-bumps") as host, host.agent() as agent:
         gardener = Gardener(host.export, 1)
         for _ in range(50):
             gardener.change()
@@ -478,6 +478,6 @@ def test_threads_on_another_mount_never_see_less_than_was_acknowledged(make_sock
 
 
 def test_threads_see_less_without_bumps(make_socket_dir: Callable[[], Path]) -> None:
-    with Host(make_socket_dir(), "--live-dangerously") as host, host.agent() as agent:
+    with Host(make_socket_dir(), "--live-dangerously", "no-bumps") as host, host.agent() as agent:
         readers = read_while_written(host, host.export, lambda path: agent.stat(path).st_size)
         assert readers.too_old != []

@@ -229,7 +229,7 @@ def test_archives_of_guest_and_share_are_equal(bench: Bench, museum: Path) -> No
 
 def test_without_bumps_a_copy_is_not_seen(make_socket_dir: Callable[[], Path], museum: Path) -> None:
     """Negative control of all comparisons here."""
-    with Host(make_socket_dir(), "--live-dangerously") as host:
+    with Host(make_socket_dir(), "--live-dangerously", "no-bumps") as host:
         guest, other = host.mount("guest", "none"), host.mount("other", "access")
         copy_with_cp(museum / "directory/deep", guest)
         assert_same_tree(other, host.share)

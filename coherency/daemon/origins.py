@@ -1,0 +1,69 @@
+"""For which guest a request of the export is made.  A hint: see `docs/decisions/0004-release-instead-of-origin.md`.
+
+Rules:
+
+1. A guest introduces the process that works for it by a look-up, in the root of the export, of a name made of its session.
+   All threads of that process are that guest.
+2. A guess may be wrong: thread ids are used again, and who knows a session may introduce itself.  Nothing rests on it.
+3. Bounded: `_MAX_THREADS` threads are remembered, and as many processes as there are live sessions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+_MAX_THREADS: Final = 4096
+_TGID: Final = "Tgid:"
+
+
+class Origins:
+    """Which thread works for which guest.  Thread-safe.
+
+    `is_session` tells whether a session is one of a guest that is here.
+    """
+
+    def __init__(self, is_session: Callable[[int], bool], *, process_of: Callable[[int], int | None] | None = None) -> None:
+        self._is_session = is_session
+        self._process_of = process_of or process_of_thread
+        self._lock = threading.Lock()
+        self._processes: dict[int, int] = {}
+        self._threads: dict[int, int | None] = {}
+
+    def introduce(self, session: int, thread_id: int) -> bool:
+        """Take the thread's process for that guest from now on.  False if there is no such guest."""
+        if not self._is_session(session):
+            return False
+        process = self._process_of(thread_id)
+        with self._lock:
+            self._processes = {pid: each for pid, each in self._processes.items() if self._is_session(each)}
+            self._threads.clear()
+            if process is not None:
+                self._processes[process] = session
+        return True
+
+    def session_of(self, thread_id: int) -> int | None:
+        """The session of the guest for which the thread works, None if it is not known to be one's."""
+        if not self._processes:
+            return None
+        try:
+            return self._threads[thread_id]
+        except KeyError:
+            pass
+        process = self._process_of(thread_id)
+        with self._lock:
+            if len(self._threads) >= _MAX_THREADS:
+                self._threads.clear()
+            session = self._threads[thread_id] = None if process is None else self._processes.get(process)
+        return session
+
+
+def process_of_thread(thread_id: int) -> int | None:
+    """The process of a thread of this machine; None if there is none, or it cannot be seen from here (0 in a request)."""
+    try:
+        status = Path(f"/proc/{thread_id}/status").read_text()
+    except OSError:
+        return None
+    return next((int(line[len(_TGID) :]) for line in status.splitlines() if line.startswith(_TGID)), None)
