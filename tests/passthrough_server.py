@@ -20,11 +20,12 @@ from typing import Any
 
 from coherency.daemon.changes import Changes
 from coherency.daemon.export import Export
+from coherency.daemon.holds import Hold
 from coherency.fuse import syscalls
 from coherency.fuse.abi import InitFlag
 from coherency.fuse.codec import Request
 from coherency.fuse.passthrough import Passthrough
-from coherency.fuse.session import Reply, Session
+from coherency.fuse.session import Deferred, Reply, Session
 from coherency.fuse.tree import KernelCache
 from coherency.ids import HostInode, NodeId
 from coherency.shm_table import TableWriter, bytes_needed
@@ -53,7 +54,7 @@ class Gated(Passthrough):
         self.waiting = 0
         self._lock = threading.Lock()
 
-    def lookup(self, request: Request) -> Reply:
+    def lookup(self, request: Request) -> Reply | Deferred:
         if request.body.name.startswith(GATE):
             with self._lock:
                 self.waiting += 1
@@ -79,7 +80,7 @@ class Server:
             table = TableWriter.create(words, slot_count=1024, table_id=(1, 2))
             hold_until_ns = time.monotonic_ns() + int(options.hold_s * 1e9)
             self._file_system = Export(
-                root, Changes(table, hold_until_ns=hold_until_ns), descriptor_limit=options.descriptor_limit
+                root, Changes(table, hold=Hold(hold_until_ns)), descriptor_limit=options.descriptor_limit
             )
         else:
             self._file_system = Gated(

@@ -17,7 +17,7 @@ from coherency.daemon.origins import Origins
 from coherency.fuse.abi import ROOT_ID
 from coherency.fuse.codec import Request
 from coherency.fuse.passthrough import Passthrough
-from coherency.fuse.session import Reply
+from coherency.fuse.session import Deferred, Reply
 from coherency.fuse.tree import Leaving
 from coherency.ids import HostInode
 from coherency.leases import introduced
@@ -37,7 +37,7 @@ class Export(Passthrough):
         led_to = tuple(name.ino for name in leaving if name.ino is not None) if leaving else ()
         return self._changes.change(inodes, request, leaving=led_to)
 
-    def lookup(self, request: Request) -> Reply:
+    def lookup(self, request: Request) -> Reply | Deferred:
         if request.node == ROOT_ID and self._origins is not None:
             session = introduced(request.body.name)
             if session is not None and self._origins.introduce(session, request.pid):
