@@ -32,7 +32,8 @@ from coherency.errors import CoherencyError, DaemonUnavailable, UsageError
 from coherency.guest_agent.api import RUNTIME_ROOT_VARIABLE
 from coherency.guest_agent.cache import DEFAULT_CAPACITY
 from coherency.guest_agent.client import fetch_status, invalidate, served_names
-from coherency.guest_agent.mount import MODES, GuestMount, MountOptions
+from coherency.guest_agent.mount import DEFAULT_MODE, MODES, GuestMount, MountOptions
+from coherency.guest_agent.recalls import DANGERS as DANGERS_OF_MOUNT
 from coherency.leases import DEFAULT_LEASE_NS, LONGEST_LEASE_NS, SHORTEST_LEASE_NS
 from coherency.rendezvous import DEFAULT_RUNTIME_ROOT
 from coherency.shm_abi import MAX_SLOT_COUNT
@@ -70,7 +71,7 @@ def main() -> None:
 
     \b
     coherency serve /srv/share --name work         # on the host: the daemon
-    coherency mount work /mnt/a --cache access     # a guest on the same machine
+    coherency mount work /mnt/a                    # a guest on the same machine
     coherency status work                          # who is there, hits and refreshes
     coherency demo                                 # see it at work, nothing to prepare
     """
@@ -158,10 +159,11 @@ def serve(
 @click.option(
     "--cache",
     type=click.Choice(MODES),
-    default="access",
+    default=DEFAULT_MODE,
     show_default=True,
-    help="none: ask the host each time. auto: believe for --timeout. always: believe for ever. "
-    "access: compare versions each time, never stale.",
+    help="strict: the kernel believes until it is told to forget, which every change waits for; never stale. "
+    "prompt: no change waits, stale until told. access: compare versions each time, never stale. "
+    "none: ask the host each time. auto: believe for --timeout. always: believe for ever.",
 )
 @click.option(
     "--timeout", type=float, callback=finite_seconds, help="Seconds that --cache auto believes what it has. [default: 1]"
@@ -174,19 +176,24 @@ def serve(
     type=click.IntRange(1),
     default=DEFAULT_CAPACITY,
     show_default=True,
-    help="How much the user cache of --cache access keeps; the least recently used goes.",
+    help="How much the user cache of --cache access, prompt and strict keeps; the least recently used goes.",
+)
+@click.option(
+    "--live-dangerously",
+    type=click.Choice(DANGERS_OF_MOUNT),
+    help="Take back wrongly what the kernel was allowed: this guest WILL be stale. For demonstrations.",
 )
 @click.option("--guest", help="What the daemon calls this guest. [default: host name and process id]")
 @_runtime_dir
 @_verbose
 def mount(
-    name: str, mountpoint: Path, cache: str, timeout: float | None, writeback: bool, entries: int, guest: str | None,
-    runtime_dir: Path, verbose: bool,
+    name: str, mountpoint: Path, cache: str, timeout: float | None, writeback: bool, entries: int,
+    live_dangerously: str | None, guest: str | None, runtime_dir: Path, verbose: bool,
 ) -> None:  # fmt: skip
     """Mount the share NAME on MOUNTPOINT as a guest of its own, until SIGTERM or Ctrl-C.
 
     \b
-    coherency mount work /mnt/a --cache access
+    coherency mount work /mnt/a
     coherency mount work /mnt/b --cache auto --timeout 0.5
     """
     _log_to_stderr(verbose)
@@ -194,8 +201,11 @@ def mount(
         require_platform()
         timeout_ns = None if timeout is None else round(timeout * _SECOND_NS)
         guest_mount = GuestMount(
-            MountOptions(name, mountpoint.absolute(), runtime_dir.absolute(), cache, timeout_ns, writeback, guest, entries)
-        )
+            MountOptions(
+                name, mountpoint.absolute(), runtime_dir.absolute(), cache, timeout_ns, writeback, guest, entries,
+                danger=live_dangerously or "",
+            )
+        )  # fmt: skip
         _run(guest_mount, f"mounted '{name}' on {mountpoint} ({cache})", guest_mount.close, threading.Event())
 
 

@@ -329,6 +329,10 @@ class TableReader:
         """Return the index in `words` of the word that holds this inode's version."""
         return self._slots_word + (splitmix64(inode) & self._mask)
 
+    def slot_of(self, inode: HostInode) -> SlotIndex:
+        """Return the slot that holds this inode's version."""
+        return SlotIndex(splitmix64(inode) & self._mask)
+
     def sample(self, inode: HostInode) -> Stamp | None:
         """Return the stamp for what is fetched **after** this call, or None if that may not be cached now.
 

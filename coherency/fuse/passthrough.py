@@ -19,7 +19,7 @@ from coherency.fuse.codec import Request
 from coherency.fuse.credentials import permits
 from coherency.fuse.nodes import Node
 from coherency.fuse.openfiles import FileOperations
-from coherency.fuse.session import NO_REPLY, Operation, Reply
+from coherency.fuse.session import NO_REPLY, Deferred, Operation, Reply
 from coherency.fuse.tree import Leaving, OpenFile, drop_set_ids
 
 _RENAME_EXCHANGE: Final = 1 << 1
@@ -38,7 +38,7 @@ class Passthrough(FileOperations):
 
     # ---- names ----
 
-    def lookup(self, request: Request) -> Reply:
+    def lookup(self, request: Request) -> Reply | Deferred:
         parent = self.nodes.get(request.node)
         with self.nodes.open(parent) as at:
             return (self.entry(*self.look_up(parent, at, request.body.name)),)
@@ -129,14 +129,14 @@ class Passthrough(FileOperations):
 
     # ---- attributes ----
 
-    def getattr(self, request: Request) -> Reply:
+    def getattr(self, request: Request) -> Reply | Deferred:
         body: codec.Getattr = request.body
         node = self.nodes.get(request.node)
         file = self._files.get(body.fh) if body.flags & abi.GETATTR_FH else None
         with self.open_node(node, file) as fd:
             return self.attr_out(self.attributes(node, fd))
 
-    def statx(self, request: Request) -> Reply:
+    def statx(self, request: Request) -> Reply | Deferred:
         body: codec.Statx = request.body
         node = self.nodes.get(request.node)
         file = self._files.get(body.fh) if body.flags & abi.GETATTR_FH else None

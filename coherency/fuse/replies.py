@@ -72,6 +72,11 @@ def encode_statx_out(statx: bytes, ino: HostInode, attr_ns: int = 0) -> bytes:
     return abi.statx_out.pack(seconds, rest, 0) + statx[:32] + ino.to_bytes(8, "little") + statx[40:144] + bytes(112)
 
 
+def retime_statx_out(reply: bytes, attr_ns: int) -> bytes:
+    """A ``struct fuse_statx_out`` again, with another time."""
+    return abi.statx_out.pack(*divmod(attr_ns, _SECOND_NS), 0) + reply[abi.statx_out.size :]
+
+
 def encode_init_out(
     minor: int, max_readahead: int, flags: int, *, max_write_bytes: int, max_pages: int, max_background: int
 ) -> bytes:

@@ -312,7 +312,8 @@ class Session(Notifications):
         try:
             self._file_system.close()
         finally:
-            os.close(self._device)
+            device, self._device = self._device, -1  # who still has something to notify finds nothing
+            os.close(device)
             self._over.set()
 
     def _answer_quickly(self, message: memoryview) -> bool:

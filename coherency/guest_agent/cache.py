@@ -4,8 +4,8 @@
    every word and the epoch still hold the sampled values, and the table is trusted at the time of use.
 2. What could not be sampled (a change was in flight) is answered once and not kept.
 3. The cache is bounded: beyond ``capacity`` units the least recently used entries go. An entry that is gone costs a fetch.
-4. A cache belongs to one table for life. After a reconnection there is a new cache; what is still being stored into
-   the old one is never read again.
+4. A cache belongs to one table for life. After a reconnection to another there is a new cache; what is still being stored
+   into the old one is never read again. After a reconnection to the same table it goes on with a new reader (``follow``).
 
 Pure: the clock is an argument. Methods may be called from any thread; ``get`` and ``hit`` take no lock, each of
 their steps is one operation of a dict.
@@ -58,6 +58,16 @@ class UserCache:
         self.entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._units = 0
         self._lock = threading.Lock()  # of what ``put`` and ``clear`` change
+
+    def follow(self, reader: TableReader) -> None:
+        """Use another reader of the same table from now on, since the old one has been withdrawn; a `ValueError` for another table.
+
+        What was kept goes on being valid: the words have been kept up to date all the time, there was only nobody to vouch for it.
+        """
+        if reader.table_id != self.reader.table_id:
+            raise ValueError("another table needs another cache")
+        self.words = reader.words  # the same memory
+        self.reader = reader
 
     def sample(self, ino: HostInode) -> Stamp | None:
         """To be called before fetching what depends on ``ino``; what it returns goes to ``put``."""

@@ -79,6 +79,21 @@ class Channel:
         Raises `ConnectionError` if the daemon is gone, or has left so much unread that there is no room for the frame.
         """
         frame = encode(message)
+        if self._send(frame) < len(frame):
+            raise ConnectionAbortedError("the daemon does not read")
+
+    def offer(self, message: Message) -> bool:
+        """Send one message without waiting, or nothing: False if there is no room, or the daemon is gone."""
+        frame = encode(message)
+        try:
+            sent = self._send(frame)
+        except ConnectionError:
+            return False  # the receiving thread finds out
+        if 0 < sent < len(frame):
+            self.hang_up()  # half a frame: nothing that follows would be understood
+        return sent == len(frame)
+
+    def _send(self, frame: bytes) -> int:
         with self._send_lock:
             try:
                 sent = self._sock.send(frame)
@@ -87,8 +102,11 @@ class Channel:
             except OSError as error:  # also the channel closed by another thread
                 raise ConnectionAbortedError(f"the daemon is gone: {error.strerror}") from error
             self._sent_bytes += sent
-        if sent < len(frame):
-            raise ConnectionAbortedError("the daemon does not read")
+        return sent
+
+    def fileno(self) -> int:
+        """The descriptor of the connection, for who must share it."""
+        return self._sock.fileno()
 
     def ask(self, question: Message) -> None:
         """Send the first message of a connection.  Raises `DaemonUnavailable` if it does not get through."""

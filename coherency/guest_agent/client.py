@@ -7,11 +7,14 @@ Rules:
 2. A new connection brings a new reader.  Nothing that was validated by an old one is valid for the new one.
 3. Trust begins at the moment before HELLO was sent, since only from then on is the daemon known to be alive.
 4. The thread never waits for the daemon longer than until the next look at the heartbeat.
+5. Hello names the session before, and is not said before the guest is clean: its kernel has nothing any more of what
+   was granted then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import queue
@@ -24,6 +27,7 @@ from typing import Final, NamedTuple, Protocol, Self
 
 from coherency.errors import CoherencyError, DaemonUnavailable, MessageError, PeerError, UsageError
 from coherency.guest_agent.channel import Channel, Interrupted, wait_readable
+from coherency.guest_agent.grantor import Grantor, NoGrants
 from coherency.guest_agent.requests import (
     Patience,
     Status,
@@ -34,11 +38,15 @@ from coherency.guest_agent.requests import (
     status_of,
 )
 from coherency.protocol import (
+    Confirm,
+    Evicted,
     Goodbye,
     GuestReport,
     Hello,
     Message,
+    Recall,
     Refusal,
+    Renewed,
     Statistics,
     StatisticsRequest,
     StatusReply,
@@ -133,6 +141,7 @@ class Client:
         reconnect: bool,
         on_lost: Callable[[], None],
         on_connected: Callable[[TableReader, Welcome], None],
+        grantor: Grantor,
         patience: Patience,
         clock_ns: Callable[[], int],
     ) -> None:
@@ -144,6 +153,7 @@ class Client:
         self._reconnect = reconnect
         self._on_lost = on_lost
         self._on_connected = on_connected
+        self._grantor = grantor
         self._patience = patience
         self._clock_ns = clock_ns
         self._channel: Channel | None = None
@@ -169,6 +179,7 @@ class Client:
         reconnect: bool = False,
         on_lost: Callable[[], None] = lambda: None,
         on_connected: Callable[[TableReader, Welcome], None] = lambda _reader, _welcome: None,
+        grantor: Grantor | None = None,
         patience: Patience | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> Self:
@@ -178,7 +189,10 @@ class Client:
 
         * `statistics` when the daemon asks for the counters;
         * `on_lost` when the connection has ended by anything but `close`: the reader is withdrawn already;
-        * `on_connected` with the new reader when, with `reconnect`, there is another connection (not for the first).
+        * `on_connected` with the new reader when, with `reconnect`, there is another connection (not for the first);
+        * the methods of `grantor`: `joined` after that, and for the first connection before this method returns; `handle` for
+          the messages about grants; `tend` several times per second; `lost` when the reader is withdrawn; then `is_clean`
+          until it is, before the next Hello.
 
         The first of them may come before this method returns.  They must not wait for threads that wait for the client,
         nor call `close` or `request_status`.  If `on_connected` raises a `CoherencyError` or an `OSError`, the connection
@@ -202,11 +216,13 @@ class Client:
             reconnect=reconnect,
             on_lost=on_lost,
             on_connected=on_connected,
+            grantor=grantor or NoGrants(),
             patience=patience or Patience(),
             clock_ns=clock_ns,
         )
         try:
-            client._join()
+            grantor_joins = client._join()
+            grantor_joins()
         except BaseException:
             os.close(client._wakeup)
             raise
@@ -276,7 +292,8 @@ class Client:
 
     # --- connecting and losing ---------------------------------------------------------------------------------
 
-    def _join(self) -> None:
+    def _join(self) -> Callable[[], None]:
+        """Returns what lets the grantor begin, when everything else is ready."""
         deadline_ns = time.monotonic_ns() + self._patience.answer_ns
         channel = Channel.dial(self._runtime_root, self._name, deadline_ns=deadline_ns, wakeup=self._wakeup)
         try:
@@ -292,15 +309,20 @@ class Client:
             self.reader, self.welcome, self._channel = reader, welcome, channel
             self._state = LINK_TRANSITIONS[self._state, LinkEvent.WELCOME]
             self._connections += 1
+        self._hello = dataclasses.replace(self._hello, former=welcome.session)
         _log.info("connected to the daemon of '%s' as guest %d", self._name, welcome.guest_id)
+        return lambda: self._grantor.joined(welcome, asked_at_ns, channel)
 
     def _return_to_daemon(self) -> None:
         retry_ns, last_text = self._patience.first_retry_ns, ""
         while True:
             wait_readable(self._wakeup, None, retry_ns)
+            if not self._grantor.is_clean():  # rule 5
+                continue
             try:
-                self._join()
+                grantor_joins = self._join()
                 self._on_connected(self.reader, self.welcome)
+                grantor_joins()
             except DaemonUnavailable as error:
                 _log.debug("not yet: %s", error)
             except (CoherencyError, OSError) as error:
@@ -315,6 +337,7 @@ class Client:
 
     def _end(self, event: LinkEvent, *, goodbye: bool = False) -> None:
         self.reader.withdraw()  # first, rule 1
+        self._grantor.lost()
         with self._state_lock:
             channel, self._channel = self._channel, None
             answer, self._answer = self._answer, None
@@ -323,9 +346,10 @@ class Client:
         if answer is not None:
             answer.put(None)
         if channel is not None:
-            if goodbye:
+            if goodbye and self._grantor.is_clean():
                 with contextlib.suppress(ConnectionError):
                     channel.send(Goodbye())
+            channel.hang_up()  # others may have copies of the socket
             channel.close()
 
     def _lose(self, reason: str) -> None:
@@ -352,6 +376,9 @@ class Client:
     def _attend(self, channel: Channel) -> None:
         """One turn: look at the heartbeat, wait for messages until the next look, deal with them."""
         self.reader.pulse(self._clock_ns())
+        if trouble := self._grantor.tend():
+            self._lose(trouble)
+            return
         try:
             messages = channel.receive(time.monotonic_ns() + PULSE_PERIOD_NS)
         except (OSError, PeerError) as error:
@@ -365,6 +392,8 @@ class Client:
 
     def _handle(self, channel: Channel, message: Message) -> str | None:
         """Act on a message.  Returns why the connection is of no use any more, if it is not."""
+        if isinstance(message, Confirm | Recall | Renewed | Evicted):
+            return self._grantor.handle(message)
         if isinstance(message, StatisticsRequest):
             return self._tell_counters(channel, message.serial)
         if isinstance(message, GuestReport) and self._answer is not None:

@@ -64,8 +64,8 @@ class CachingFileSystem(Passthrough):
         parent = self.nodes.find(parent_id)
         if parent is None:
             return None
-        cache = self.cache
-        node = cache.hit((_NAME, parent.ino, bytes(body[:-1])))
+        cache, name = self.cache, bytes(body[:-1])
+        node = cache.hit((_NAME, parent.ino, name))
         if node is None:
             return None
         if node is _ABSENT:
@@ -75,19 +75,53 @@ class CachingFileSystem(Passthrough):
         if attr is None or not self.nodes.remember(node):
             return None
         self.answered_here += 1
-        return self.entry(node, attr)
+        return self.answer_name(cache, parent, name, node, attr)
 
     def _quick_getattr(self, node_id: int, _body: memoryview, _pid: int) -> bytes | int | Deferred | None:
-        node = self.nodes.find(node_id)
-        attr = self.cache.hit((_ATTRIBUTES, node.ino)) if node is not None else None
+        node, cache = self.nodes.find(node_id), self.cache
+        if node is None:
+            return None
+        attr = cache.hit((_ATTRIBUTES, node.ino))
         if attr is None:
             return None
         self.answered_here += 1
+        return self.answer_attributes(cache, node, attr)
+
+    # ---- what becomes of an answer: hooks for who lets the kernel keep some ----
+
+    def answer_name(self, cache: UserCache, parent: Node, name: bytes, node: Node, attr: bytes) -> bytes | Deferred:
+        """The reply that ``name`` is ``node``, with its attributes, which came from ``cache`` or are in it now if they may be."""
+        return self.entry(node, attr)
+
+    def answer_attributes(self, cache: UserCache, node: Node, attr: bytes) -> bytes | Deferred:
+        """The reply to GETATTR."""
         return replies.encode_attr_out(attr)
+
+    def answer_statx(self, cache: UserCache, node: Node, mask: int, reply: Reply) -> Reply | Deferred:
+        """The reply to STATX, which asked for ``mask``."""
+        return reply
+
+    def about_to_fetch(self, ino: HostInode) -> None:
+        """The attributes of this inode are fetched next."""
+
+    @staticmethod
+    def holds_name(cache: UserCache, parent: Node, name: bytes, node: Node) -> bool:
+        """Whether the cache knows now that ``name`` is this node."""
+        return cache.peek((_NAME, parent.ino, name)) is node
+
+    @staticmethod
+    def holds_attributes(cache: UserCache, node: Node, attr: bytes) -> bool:
+        """Whether the cache knows now that these are the attributes: the very object that it gave, or was given."""
+        return cache.peek((_ATTRIBUTES, node.ino)) is attr
+
+    @staticmethod
+    def holds_statx(cache: UserCache, node: Node, mask: int, reply: Reply) -> bool:
+        """The same for a reply to STATX."""
+        return cache.peek((_STATX, node.ino, mask)) is reply
 
     # ---- names and attributes ----
 
-    def lookup(self, request: Request) -> Reply:
+    def lookup(self, request: Request) -> Reply | Deferred:
         cache, name = self.cache, request.body.name
         parent = self.nodes.get(request.node)
         node = cache.get((_NAME, parent.ino, name))
@@ -102,14 +136,15 @@ class CachingFileSystem(Passthrough):
             attr: bytes | None = cache.get((_ATTRIBUTES, node.ino))
             if attr is not None:
                 self.answered_here += 1
-                return (self.entry(node, attr),)
+                return _reply(self.answer_name(cache, parent, name, node, attr))
             try:
                 with self.nodes.open(node) as fd:
-                    return (self.entry(node, self.attributes(node, fd)),)
+                    return _reply(self.answer_name(cache, parent, name, node, self.attributes(node, fd)))
             except OSError:  # the daemon has lost the inode that we had under this number: look the name up
                 self.nodes.forget(node.id, 1)
         with self.nodes.open(parent) as at:
-            return (self.entry(*self.look_up(parent, at, name)),)
+            node, attr = self.look_up(parent, at, name)
+        return _reply(self.answer_name(cache, parent, name, node, attr))
 
     def _from_listing(self, cache: UserCache, parent: Node, name: bytes) -> Node | None:
         """The node of a name that a valid listing of the parent tells, with one more look-up, if we have it.
@@ -137,7 +172,9 @@ class CachingFileSystem(Passthrough):
             cache.put(key, _ABSENT, name_stamp)
             raise
         try:
-            stamp = cache.sample(self.nodes.inode_of(fd))
+            ino = self.nodes.inode_of(fd)
+            self.about_to_fetch(ino)
+            stamp = cache.sample(ino)
             status = os.fstat(fd)
         except BaseException:
             os.close(fd)
@@ -159,23 +196,30 @@ class CachingFileSystem(Passthrough):
 
     def attributes(self, node: Node, fd: int) -> bytes:
         cache = self.cache
+        self.about_to_fetch(node.ino)
         stamp = cache.sample(node.ino)
         attr = super().attributes(node, fd)
         cache.put((_ATTRIBUTES, node.ino), attr, stamp)
         return attr
 
-    def getattr(self, request: Request) -> Reply:
-        node = self.nodes.get(request.node)
-        attr = self.cache.get((_ATTRIBUTES, node.ino))
-        if attr is None:
-            return super().getattr(request)
-        self.answered_here += 1  # another thread has just fetched it
-        return (replies.encode_attr_out(attr),)
+    def getattr(self, request: Request) -> Reply | Deferred:
+        body: codec.Getattr = request.body
+        cache, node = self.cache, self.nodes.get(request.node)
+        attr = cache.get((_ATTRIBUTES, node.ino))
+        if attr is not None:
+            self.answered_here += 1  # another thread has just fetched it
+        else:
+            file = self._files.get(body.fh) if body.flags & abi.GETATTR_FH else None
+            with self.open_node(node, file) as fd:
+                attr = self.attributes(node, fd)
+        return _reply(self.answer_attributes(cache, node, attr))
 
-    def statx(self, request: Request) -> Reply:
+    def statx(self, request: Request) -> Reply | Deferred:
         body: codec.Statx = request.body
-        node = self.nodes.get(request.node)
-        return self._cached((_STATX, node.ino, body.sx_mask), node, super().statx, request)
+        cache, node = self.cache, self.nodes.get(request.node)
+        self.about_to_fetch(node.ino)
+        reply = self._cached((_STATX, node.ino, body.sx_mask), node, super().statx, request)
+        return self.answer_statx(cache, node, body.sx_mask, reply)
 
     def readlink(self, request: Request) -> Reply:
         node = self.nodes.get(request.node)
@@ -298,3 +342,7 @@ class CachingFileSystem(Passthrough):
             return abi.FOPEN_KEEP_CACHE
         cache.put(key, True, cache.sample(node.ino))
         return 0
+
+
+def _reply(answer: bytes | Deferred) -> Reply | Deferred:
+    return answer if isinstance(answer, Deferred) else (answer,)

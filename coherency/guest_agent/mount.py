@@ -26,12 +26,21 @@ from coherency.fuse.tree import KernelCache
 from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
 from coherency.guest_agent.client import Client
 from coherency.guest_agent.filesystem import CachingFileSystem
+from coherency.guest_agent.granting import GrantingFileSystem
+from coherency.guest_agent.grants import Grants
+from coherency.guest_agent.helper_pool import HelperPool
+from coherency.guest_agent.recalls import Recalls
+from coherency.guest_agent.sharer import Sharer
+from coherency.leases import introduction
 from coherency.protocol import SHORT_TEXT_BYTES, Welcome
 from coherency.shm_table import TableReader
 
 log = logging.getLogger(__name__)
 
-MODES: Final = ("none", "auto", "always", "access")
+GRANTING_MODES: Final = ("prompt", "strict")
+COHERENT_MODES: Final = ("access", *GRANTING_MODES)
+MODES: Final = ("none", "auto", "always", *COHERENT_MODES)
+DEFAULT_MODE: Final = "strict"
 DEFAULT_TIMEOUT_NS: Final = 1_000_000_000
 _QUIESCENCE_POLL_S: Final = 0.05
 
@@ -48,16 +57,20 @@ class MountOptions:
     writeback: bool = False
     guest_name: str | None = None
     cache_capacity: int = DEFAULT_CAPACITY
+    danger: str = ""
+    """One of `recalls.DANGERS`."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UsageError(f"--cache is one of {', '.join(MODES)}, not {self.mode!r}")
         if self.timeout_ns is not None and self.mode != "auto":
             raise UsageError(f"--timeout belongs to --cache auto; with {self.mode} there is no time to set")
-        if self.writeback and self.mode == "access":
+        if self.writeback and self.mode in COHERENT_MODES:
             raise UsageError(
-                "--writeback and --cache access exclude each other: with it the kernel believes its own sizes and times"
+                f"--writeback and --cache {self.mode} exclude each other: with it the kernel believes its own sizes and times"
             )
+        if self.danger and self.mode not in GRANTING_MODES:
+            raise UsageError(f"--live-dangerously belongs to --cache {' and '.join(GRANTING_MODES)}, not to {self.mode}")
         name = self.guest_name or ""
         if not name.isprintable() or len(name.encode()) > SHORT_TEXT_BYTES:
             raise UsageError(f"--guest is one line of up to {SHORT_TEXT_BYTES} bytes, not {name!r}")
@@ -100,6 +113,7 @@ class GuestMount:
         self._session: Session | None = None
         self._undo = contextlib.ExitStack()
         self._connecting = threading.Lock()  # the daemon may be restarted while the mount is being made
+        self._sharer = Sharer(Grants()) if options.mode in GRANTING_MODES else None
         self._mountpoint = place_of(options.mountpoint)
 
     def start(self) -> None:
@@ -121,6 +135,7 @@ class GuestMount:
                 statistics=self.statistics,
                 reconnect=True,
                 on_connected=self._on_connected,
+                grantor=self._sharer,
             )
             undo.callback(self.client.close)
             with self._connecting:
@@ -135,12 +150,30 @@ class GuestMount:
                     raise
             undo.callback(session.close)
             session.start()
+            if self._sharer is not None and isinstance(file_system, GrantingFileSystem):
+                self._begin_granting(self._sharer, file_system, session, undo)
             self._undo = undo.pop_all()
+
+    def _begin_granting(
+        self, sharer: Sharer, file_system: GrantingFileSystem, session: Session, undo: contextlib.ExitStack
+    ) -> None:
+        pool = HelperPool.start(session, str(self._mountpoint))
+        undo.callback(pool.close)
+        recalls = Recalls(sharer.grants, session, pool, danger=self.options.danger)
+        undo.callback(recalls.close)
+        undo.callback(sharer.wait_until_clean)
+        undo.callback(file_system.stop_granting)
+        sharer.attach(recalls, pool)
+        file_system.grant_by(recalls, pool)
 
     def _make_file_system(self, lower: int) -> Passthrough:
         budget = descriptor_budget()
-        if self.options.mode == "access":
-            return CachingFileSystem(lower, self._make_cache(self.client.reader), descriptor_limit=budget)
+        if self.options.mode in COHERENT_MODES:
+            _introduce(self.client.welcome, lower)
+            cache = self._make_cache(self.client.reader)
+            if self._sharer is not None:
+                return GrantingFileSystem(lower, cache, self._sharer.grants, descriptor_limit=budget)
+            return CachingFileSystem(lower, cache, descriptor_limit=budget)
         return LowerPassthrough(lower, descriptor_limit=budget, kernel_cache=self.options.kernel_cache())
 
     def _make_cache(self, reader: TableReader) -> UserCache:
@@ -152,7 +185,14 @@ class GuestMount:
             file_system, session = self._file_system, self._session
         if file_system is None or session is None:
             return  # not begun yet: it will be with this connection
-        abandoned = file_system.nodes.rebase(_same_tree(_open_lower(welcome, self._mountpoint), file_system))
+        lower = _same_tree(_open_lower(welcome, self._mountpoint), file_system)
+        if isinstance(file_system, CachingFileSystem):
+            _introduce(welcome, lower)
+            if _is_same_mount(lower, file_system) and reader.table_id == file_system.cache.reader.table_id:
+                os.close(lower)  # only the channel was cut
+                file_system.cache.follow(reader)
+                return
+        abandoned = file_system.nodes.rebase(lower)
         if isinstance(file_system, CachingFileSystem):
             file_system.cache = self._make_cache(reader)  # after the nodes: what it keeps was fetched through them
         threading.Thread(
@@ -198,6 +238,17 @@ def _same_tree(lower: int, file_system: Passthrough) -> int:
         os.close(lower)
         raise
     return lower
+
+
+def _is_same_mount(lower: int, file_system: Passthrough) -> bool:
+    # The number of a dead mount is not used again as long as a descriptor of it is open.
+    return os.fstat(lower).st_dev == file_system.nodes.root_device
+
+
+def _introduce(welcome: Welcome, lower: int) -> None:
+    """Let the daemon see by which process this guest uses the export: it asks for a name that does not exist."""
+    with contextlib.suppress(OSError):
+        os.stat(introduction(welcome.session), dir_fd=lower, follow_symlinks=False)
 
 
 def _close_when_unused(session: Session, descriptors: list[int]) -> None:

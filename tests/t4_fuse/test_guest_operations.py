@@ -10,7 +10,7 @@ from tests.scenarios import ALL
 from tests.scenarios.comparing import Scenario, compare
 
 
-@pytest.fixture(scope="module", params=["none", "access"])
+@pytest.fixture(scope="module", params=["none", "access", "strict", "prompt"])
 def mounted(request: pytest.FixtureRequest, make_socket_dir: Callable[[], Path]) -> Iterator[tuple[Path, Path]]:
     """The mount of a guest, and the share behind it."""
     with Host(make_socket_dir()) as host:
