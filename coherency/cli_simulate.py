@@ -11,12 +11,14 @@ from typing import Any, Final
 import click
 
 from coherency.cli_messages import errors_as_messages, finite_seconds, json_option
-from coherency.sim.faults import FAULTS, parse_faults
-from coherency.sim.machine import Setup
-from coherency.sim.run import GROUPS_PER_GUEST, Outcome, simulate
+from coherency.leases import SHORTEST_LEASE_NS
+from coherency.sim.faults import DEFAULT_LEASE_NS, FAULTS, GROUPS, parse_faults
+from coherency.sim.machine import MOUNT_DANGEROUSLY, SERVE_DANGEROUSLY, WORKLOADS, Setup
+from coherency.sim.run import Outcome, simulate
 from coherency.sim.verdict import PROMISES, Violation, describe
 
 _MS: Final = 1_000_000
+_SECOND_NS: Final = 1_000_000_000
 _SHOWN_VIOLATIONS: Final = 3
 _SEEDS: Final = 1_000_000
 
@@ -35,7 +37,17 @@ _SEEDS: Final = 1_000_000
 @click.option(
     "--cache", type=click.Choice(tuple(PROMISES)), default="access", show_default=True, help="The mode of the mounts."
 )
-@click.option("--faults", default="none", show_default=True, help=f"all, none, or a list of: {', '.join(FAULTS)}.")
+@click.option(
+    "--faults", default="none", show_default=True, help=f"all, none, or a list of: {', '.join((*GROUPS, *FAULTS))}."
+)
+@click.option(
+    "--workload", type=click.Choice(WORKLOADS), default=WORKLOADS[0], show_default=True,
+    help="same-directory: make, rename and remove names in one directory, as fast as it goes.",
+)
+@click.option(
+    "--lease", type=click.FloatRange(SHORTEST_LEASE_NS / _SECOND_NS), default=DEFAULT_LEASE_NS / _SECOND_NS, show_default=True,
+    callback=finite_seconds, help="Seconds that the daemon waits for a silent guest, in the modes prompt and strict.",
+)
 @click.option(
     "--workers",
     type=click.IntRange(1),
@@ -43,28 +55,33 @@ _SEEDS: Final = 1_000_000
     show_default=True,
     help="Processes per guest; half of them change things.",
 )
-@click.option("--live-dangerously", is_flag=True, help="Never bump a version: the check must find stale reads.")
+@click.option(
+    "--live-dangerously", type=click.Choice((*SERVE_DANGEROUSLY, *MOUNT_DANGEROUSLY)), default=None,
+    help="Leave something out that is needed: the check must find what comes of it.",
+)
 @json_option
 def simulate_command(
-    guests: int, seconds: float, seed: int | None, cache: str, faults: str, workers: int, live_dangerously: bool,
-    as_json: bool,
+    guests: int, seconds: float, seed: int | None, cache: str, faults: str, workload: str, lease: float, workers: int,
+    live_dangerously: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Let real guests change and look at one directory, break things, and check everything that they saw.
 
     Starts a daemon and mounts of its own in a temporary directory, and removes them. Needs root and /dev/fuse. Exits with
-    1 if a promise of the cache mode was not kept, and shows the shortest history that proves it.
+    1 if a promise of the cache mode was not kept, or a call took longer than anything explains; and shows the shortest
+    history that proves it.
 
     \b
     coherency simulate
     coherency simulate --guests 4 --seconds 60 --seed 7 --faults all
-    coherency simulate --cache auto --faults stop-agent,kill-daemon --json
-    coherency simulate --live-dangerously          # see it find what is wrong
+    coherency simulate --cache auto --faults stop,kill-daemon --json
+    coherency simulate --workload same-directory --seconds 60
+    coherency simulate --live-dangerously no-bumps          # see it find what is wrong
     """
     seed = secrets.randbelow(_SEEDS) if seed is None else seed
     with errors_as_messages():
         kinds = parse_faults(faults)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        setup = Setup(guests, workers, GROUPS_PER_GUEST * guests, cache, seed, live_dangerously)
+        setup = Setup(guests, workers, cache, seed, workload, round(lease * _SECOND_NS), live_dangerously or "")
         outcome = simulate(setup, seconds, kinds, lambda text: click.echo(text, err=True))
     if as_json:
         click.echo(json.dumps(_document(outcome), indent=2))
@@ -78,8 +95,12 @@ def _print(outcome: Outcome) -> None:
     click.echo(
         f"{setup.guests} guests, --cache {setup.cache}, seed {setup.seed}, {outcome.seconds:g} s, {len(outcome.windows)} "
         f"faults: {verdict.calls} calls ({verdict.disturbed} disturbed); {verdict.reads} reads and {verdict.writes} "
-        f"writes of {verdict.registers} registers checked ({verdict.promise.value})"
+        f"writes of {verdict.registers} registers and {verdict.raced} calls of races checked ({verdict.promise.value})"
     )
+    click.echo(f"{'longest, ms':18}{'calls':>8}{'quiet':>10}{'at fault':>10}")
+    for op, longest in verdict.longest.items():
+        times = f"{longest.quiet_ns / _MS:10.1f}{longest.faulty_ns / _MS:10.1f}"
+        click.echo(f"{op:18}{longest.calls:8}{times}  {longest.fault}".rstrip())
     stale = verdict.staleness
     if stale.stale:
         click.echo(
@@ -133,6 +154,11 @@ def _document(outcome: Outcome) -> dict[str, Any]:
         "reads": verdict.reads,
         "writes": verdict.writes,
         "registers": verdict.registers,
+        "raced": verdict.raced,
+        "longest": {
+            op: {"calls": each.calls, "quiet_ms": each.quiet_ns / _MS, "faulty_ms": each.faulty_ns / _MS, "fault": each.fault or None}
+            for op, each in verdict.longest.items()
+        },
         "staleness": verdict.staleness._asdict(),
         "faults": _windows(outcome),
         "violations": [

@@ -1,9 +1,10 @@
 """What all workers did and saw, as calls; and as reads and writes of registers, which is what can be checked.
 
-A register is one attribute of one attribute file, or what one name stands for. A call may concern several: an ``lstat``
+A register is one attribute of one file, or what one name stands for. A call may concern several: an ``lstat``
 reads the name and each attribute, a rename writes two names. Each register is checked by itself, which is
 enough: a history is linearizable iff that of each register is (Herlihy and Wing). What this leaves out is whether the
-two names of a rename changed at one instant.
+two names of a rename changed at one instant. The names of a *race* are no registers: they are checked together (see
+``race``), and that is not left out there.
 
 A call that answered something which neither success nor the state of the files explains was disturbed: a change then may
 have happened, at any time from its start on; a look has seen nothing.
@@ -22,12 +23,21 @@ from coherency.sim.calls import (
     ANSWERS,
     ATTRIBUTE_FILES,
     ATTRIBUTE_OF,
+    CHANGES,
     CREATES,
     INITIAL_MODE,
+    INSIDE,
+    KEPT,
     MTIME_BASE_S,
+    RACE,
     REMOVES,
+    TREE,
     Step,
     changed_attribute,
+    file_of,
+    generation_of,
+    inside_of,
+    kind_of,
 )
 from coherency.sim.checker import Read, Write
 from coherency.sim.names import (
@@ -46,6 +56,7 @@ from coherency.sim.names import (
 
 BEGINNING_NS: Final = -1
 NAME: Final = "name"
+NOTHING: Final = "no file"  # the value of an attribute of what has not been made yet
 LOST: Final = -1  # in place of an errno: the call succeeded, and the share does not show what it did
 # For how long listings are still held against names that nobody changes any more, since nobody knows what they are.
 _LISTED_AFTER_RETIREMENT_NS: Final = 1_000_000_000
@@ -83,7 +94,12 @@ class Call(NamedTuple):
 
     @property
     def is_change(self) -> bool:
-        return self.step.op in _CHANGES
+        return self.step.op in CHANGES
+
+    @property
+    def excusable_from_ns(self) -> int:
+        """From when on a fault may be to blame for its error: a descriptor that was opened before one may be of no use after it."""
+        return self.result if self.step.op == "fstat" and self.error else self.start_ns
 
 
 @dataclass
@@ -103,6 +119,8 @@ def accesses(calls: Iterable[Call], initial: Mapping[Register, Any]) -> dict[Reg
     for tag, call in enumerate(calls):
         if call.step.op == "listdir":
             listings.append((tag, call))
+        elif kind_of(call.step.path) == RACE:
+            continue
         elif call.step.op in ATTRIBUTE_OF:
             _attribute_change(registers, tag, call)
         elif call.is_change:
@@ -111,10 +129,19 @@ def accesses(calls: Iterable[Call], initial: Mapping[Register, Any]) -> dict[Reg
             _look(registers, tag, call)
     for register, each in registers.items():
         each.writes.sort(key=lambda write: write.start_ns)
-        if register.what == NAME and register not in initial:
-            each.writes.insert(0, Write(BEGINNING_NS, BEGINNING_NS, None))
+        if register not in initial:
+            each.writes.insert(0, Write(BEGINNING_NS, BEGINNING_NS, None if register.what == NAME else NOTHING))
     _hold_listings(registers, listings)
     return dict(registers)
+
+
+def races(calls: Iterable[Call]) -> dict[str, list[tuple[int, Call]]]:
+    """The calls on each generation of each race, with their numbers."""
+    found: defaultdict[str, list[tuple[int, Call]]] = defaultdict(list)
+    for tag, call in enumerate(calls):
+        if kind_of(call.step.path) == RACE:
+            found[generation_of(call.step.path)].append((tag, call))
+    return dict(found)
 
 
 def initial_values(inodes: Mapping[str, int]) -> dict[Register, Any]:
@@ -137,16 +164,21 @@ def attribute_value(step: Step) -> Any:
     """What a change of an attribute writes."""
     if step.op == "utime":
         return mtime_ns(step.number)
+    if step.op == "removexattr":
+        return None
     return str(step.number) if step.op == "setxattr" else step.number
 
 
 def _attribute_change(registers: defaultdict[Register, Accesses], tag: int, call: Call) -> None:
     step = call.step
+    attribute = registers[Register(ATTRIBUTE_OF[step.op], file_of(step.path))]
     if call.error and not call.is_disturbed:
-        registers[Register(NAME, step.path)].reads.append(_read(call, MISSING, tag))
+        if call.error == errno.ENODATA:
+            attribute.reads.append(_read(call, None, tag))
+        else:
+            registers[Register(NAME, step.path)].reads.append(_read(call, MISSING, tag))
         return
-    write = Write(call.start_ns, call.end_ns, attribute_value(step), not call.error, tag)
-    registers[Register(ATTRIBUTE_OF[step.op], step.path)].writes.append(write)
+    attribute.writes.append(Write(call.start_ns, call.end_ns, attribute_value(step), not call.error, tag))
 
 
 def _name_change(registers: defaultdict[Register, Accesses], tag: int, call: Call) -> None:
@@ -162,11 +194,18 @@ def _name_change(registers: defaultdict[Register, Accesses], tag: int, call: Cal
         return
     certain = not call.error
 
-    def write(accesses_of: Accesses, value: Entry | None) -> None:
+    def write(accesses_of: Accesses, value: Any) -> None:
         accesses_of.writes.append(Write(call.start_ns, call.end_ns, value, certain, tag))
 
-    if op in CREATES:
+    if kind_of(step.path) == KEPT:
+        for what, value in _kept_values(step).items():
+            write(registers[Register(what, file_of(step.path))], value)
+    if op == "open-create" and call.source is not None:
         if certain:
+            path.reads.append(_read(call, followed_look(*call.result[:2]), tag))
+        return
+    if op in CREATES or op == "open-create":
+        if certain and op in CREATES:
             path.reads.append(_read(call, MISSING, tag))
         write(path, call.made)
         return
@@ -176,11 +215,22 @@ def _name_change(registers: defaultdict[Register, Accesses], tag: int, call: Cal
             other.reads.append(_read(call, PRESENT if op == "rename-exchange" else MISSING, tag))
     if op in REMOVES:
         write(path, None)
-    else:
-        # A link is made to the inode that the guest's kernel believes in, whatever its name stands for by now.
-        write(other, call.source if certain or op != "link" else UNKNOWN)
-        if op != "link":
-            write(path, call.target if op == "rename-exchange" else None)
+        return
+    # A link is made to the inode that the guest's kernel believes in, whatever its name stands for by now.
+    write(other, call.source if certain or op != "link" else UNKNOWN)
+    if op != "link":
+        left_behind = call.target if op == "rename-exchange" else None
+        write(path, left_behind)
+        if kind_of(step.path) == TREE:
+            write(registers[Register(NAME, f"{step.other}/{INSIDE}")], inside_of(call.source))
+            write(registers[Register(NAME, f"{step.path}/{INSIDE}")], inside_of(left_behind))
+
+
+def _kept_values(step: Step) -> dict[str, Any]:
+    """What a change of the names of a kept file does to its attributes."""
+    if step.op == "create":
+        return {"size": 0, "nlink": 1, "xattr": None, "mode": step.number}
+    return {"nlink": 2 if step.op == "link" else 1}
 
 
 def _read(call: Call, seen: Any, tag: int) -> Read:
@@ -191,36 +241,42 @@ def _look(registers: defaultdict[Register, Accesses], tag: int, call: Call) -> N
     if call.is_disturbed:
         return
     step = call.step
-    is_attribute_file = step.path in ATTRIBUTE_FILES
+    changes_mode = step.path in ATTRIBUTE_FILES or kind_of(step.path) == KEPT
 
-    def saw(what: str, seen: Any) -> None:
-        registers[Register(what, step.path)].reads.append(_read(call, seen, tag))
+    def saw(what: str, seen: Any, path: str = step.path) -> None:
+        registers[Register(what, path)].reads.append(_read(call, seen, tag))
 
-    if step.op == "getxattr" and not call.error:
-        saw("xattr", call.result)
+    if step.op == "getxattr" and call.error in (0, errno.ENODATA):
+        saw("xattr", call.result, file_of(step.path))
         saw(NAME, SOMEWHERE)
         return
-    saw(NAME, _look_of(call, is_attribute_file))
-    if is_attribute_file and step.op in ("lstat", "stat") and not call.error:
-        _, mode, uid, size, mtime = call.result
-        saw("mode", stat.S_IMODE(mode))
-        saw("uid", uid)
-        timed = changed_attribute(step.path)
-        saw(timed, size if timed == "size" else mtime)
+    if step.op != "fstat" or call.error:
+        saw(NAME, look_of(call, changes_mode=changes_mode))
+    if changes_mode and step.op in _STATUS and not call.error:
+        _, mode, uid, size, mtime, nlink = call.result
+        values = {"mode": stat.S_IMODE(mode), "size": size}
+        if step.path in ATTRIBUTE_FILES:
+            timed = changed_attribute(step.path)
+            values = {"mode": stat.S_IMODE(mode), "uid": uid, timed: size if timed == "size" else mtime}
+        else:
+            values["nlink"] = nlink
+        for what, value in values.items():
+            saw(what, value, file_of(step.path))
 
 
-def _look_of(call: Call, is_attribute_file: bool) -> Look:
+def look_of(call: Call, *, changes_mode: bool = False) -> Look:
+    """What a look that was not disturbed tells of the name. ``changes_mode``: whether the permissions there are changed by others."""
     op = call.step.op
     if call.error:
         if call.error == errno.EINVAL:
             return NO_LINK
-        return NOWHERE if op in ("stat", "exists", "getxattr") else MISSING
+        return NOWHERE if op in _FOLLOWS else MISSING
     if op == "exists":
         return SOMEWHERE
     if op == "readlink":
         return target_look(call.result)
     ino, mode = call.result[:2]
-    return (entry_look if op == "lstat" else followed_look)(ino, None if is_attribute_file else mode)
+    return (entry_look if op == "lstat" else followed_look)(ino, None if changes_mode else mode)
 
 
 def _hold_listings(registers: dict[Register, Accesses], listings: list[tuple[int, Call]]) -> None:
@@ -241,4 +297,5 @@ def _hold_listings(registers: dict[Register, Accesses], listings: list[tuple[int
                 each.reads.append(_read(call, PRESENT if name in listed else MISSING, tag))
 
 
-_CHANGES: Final = frozenset(ANSWERS) - {"lstat", "stat", "exists", "readlink", "getxattr", "listdir"}
+_STATUS: Final = ("lstat", "stat", "fstat", "open")
+_FOLLOWS: Final = ("stat", "fstat", "open", "exists", "getxattr")

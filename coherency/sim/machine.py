@@ -104,6 +104,7 @@ class Machine:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self._relays: dict[int, Relay] = {}
+        self._recovery_s = RECOVERY_TIMEOUT_S + 2 * setup.known_lease_ns / _SECOND_NS
 
     def __enter__(self) -> Self:
         self.directory = Path(tempfile.mkdtemp(prefix="coherency-sim-"))
@@ -224,7 +225,7 @@ class Machine:
     def finish_workers(self) -> list[str]:
         """Wait until all have ended; returns what is wrong with those that did not."""
         wrong = []
-        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        deadline = time.monotonic() + self._recovery_s
         for name, process in self.workers.items():
             try:
                 code = process.wait(max(deadline - time.monotonic(), 0))
@@ -331,15 +332,15 @@ class Machine:
         recovered = threading.Event()
         probe = threading.Thread(target=self._probe, args=(guest, recovered), daemon=True)
         probe.start()
-        if not recovered.wait(RECOVERY_TIMEOUT_S):
+        if not recovered.wait(self._recovery_s):
             raise NotRecovered(
-                f"guest {guest} does not work again {RECOVERY_TIMEOUT_S:.0f} s after a fault:\n{self.logged(_who(guest))}"
+                f"guest {guest} does not work again {self._recovery_s:.0f} s after a fault:\n{self.logged(_who(guest))}"
             )
         probe.join()
 
     def _probe(self, guest: int, recovered: threading.Event) -> None:
         directory = self.mountpoint(guest) / f"probe{guest}"
-        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        deadline = time.monotonic() + self._recovery_s
         while time.monotonic() < deadline:
             try:
                 if not os.path.ismount(self.mountpoint(guest)):

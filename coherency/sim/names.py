@@ -17,10 +17,15 @@ class Entry(NamedTuple):
     mode: int  # type and permissions, as in st_mode
     ino: int | None = None  # None: nobody knows, since its maker was told an error
     target: str | None = None  # of a symlink; it leads nowhere
+    inside: int | None = None  # of a directory that moves with what is in it: that file's inode number
 
     @property
     def is_link(self) -> bool:
         return stat.S_ISLNK(self.mode)
+
+    @property
+    def is_regular(self) -> bool:
+        return stat.S_ISREG(self.mode)
 
     @property
     def is_directory(self) -> bool:

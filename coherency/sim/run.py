@@ -10,17 +10,18 @@ from random import Random
 from typing import Any, Final, NamedTuple
 
 from coherency.errors import UsageError
-from coherency.sim.faults import fault_sequence
+from coherency.sim.faults import CHANNEL_FAULTS, fault_sequence
 from coherency.sim.history import Call, Register, initial_values
 from coherency.sim.machine import Machine, NotRecovered, Setup
-from coherency.sim.verdict import PROMISES, Verdict, Violation, Window, judge
+from coherency.sim.metronome import Metronome
+from coherency.sim.verdict import AUTO_TIMEOUT_NS, PROMISES, Verdict, Violation, judge
+from coherency.sim.waits import Delay, Window
 from coherency.sim.worker import read_record
 
 _SECOND_NS: Final = 1_000_000_000
 _SPAN_S: Final = 0.25
 # Within this time of the end no further fault begins, so that what follows one is seen, too.
 _QUIET_END_S: Final = 1.5
-GROUPS_PER_GUEST: Final = 2
 
 
 class Outcome(NamedTuple):
@@ -49,8 +50,9 @@ def simulate(setup: Setup, seconds: float, faults: Sequence[str], tell: Callable
     require_fuse()
     if setup.cache not in PROMISES:
         raise UsageError(f"--cache is one of {', '.join(PROMISES)}, not {setup.cache!r}")
-    sequence = fault_sequence(Random(f"{setup.seed}/faults"), faults, setup.guests)
-    with Machine(setup, tell) as machine:
+    setup = setup._replace(has_relays=not CHANNEL_FAULTS.isdisjoint(faults))
+    sequence = fault_sequence(Random(f"{setup.seed}/faults"), faults, setup.guests, setup.lease_ns)
+    with Machine(setup, tell) as machine, Metronome(machine.directory / "metronome") as metronome:
         initial = initial_values(machine.inodes())
         origin_ns = time.monotonic_ns()
         until_ns = origin_ns + round(seconds * _SECOND_NS)
@@ -72,7 +74,7 @@ def simulate(setup: Setup, seconds: float, faults: Sequence[str], tell: Callable
         wrong += machine.finish_workers()
         tell("reading what the workers wrote down ...")
         calls = list(itertools.chain.from_iterable(read_record(path) for path in machine.records()))
-    return _judged(setup, seconds, calls, initial, windows, wrong, origin_ns, tell)
+    return _judged(setup, seconds, calls, initial, windows, metronome.delays, wrong, origin_ns, tell)
 
 
 def _judged(
@@ -81,11 +83,12 @@ def _judged(
     calls: list[Call],
     initial: dict[Register, Any],
     windows: list[Window],
+    delays: list[Delay],
     wrong: list[str],
     origin_ns: int,
     tell: Callable[[str], None],
 ) -> Outcome:
     tell(f"checking {len(calls)} calls ...")
-    verdict = judge(calls, initial, windows, PROMISES[setup.cache])
+    verdict = judge(calls, initial, windows, PROMISES[setup.cache], setup.known_lease_ns or AUTO_TIMEOUT_NS, delays)
     also = tuple(Violation("the simulation", text, ()) for text in wrong)
     return Outcome(setup, seconds, verdict, also + verdict.violations, tuple(windows), origin_ns)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from coherency.sim.calls import RENAMES
+from coherency.sim.calls import ATTRIBUTE_FILES, RENAMES
 from coherency.sim.checker import (
     Finding,
+    Matches,
     Read,
     Write,
     check_ordered,
@@ -23,14 +24,18 @@ from coherency.sim.checker import (
     staleness_of_ordered,
     staleness_of_unique,
 )
-from coherency.sim.history import LOST, NAME, Accesses, Call, Register, accesses
+from coherency.sim.history import LOST, NAME, Accesses, Call, Register, accesses, races
 from coherency.sim.names import agrees
+from coherency.sim.race import check_race, describe_state
+from coherency.sim.search import TooMuch
+from coherency.sim.waits import Delay, Faults, Longest, Wait, Window, longest_calls, unexplained_waits
 
 _MS: Final = 1_000_000
 _SECOND_NS: Final = 1_000_000_000
 AUTO_TIMEOUT_NS: Final = 1_000_000_000
 # The kernel counts its timeouts in ticks, of 10 ms at most.
 _TICK_NS: Final = 10 * _MS
+_MISLEADING: Final = (*RENAMES, "append", "fallocate", "copy_file_range")
 _BUCKETS: Final[tuple[tuple[str, int], ...]] = (
     ("under 1 ms", _MS),
     ("under 10 ms", 10 * _MS),
@@ -45,7 +50,7 @@ class Promise(Enum):
     """What is asked of the reads."""
 
     LINEARIZABLE = "linearizable"
-    BOUNDED = "never older than the timeout"
+    BOUNDED = "never older than the bound"
     NOTHING = "none"
 
 
@@ -54,19 +59,11 @@ PROMISES: Final[dict[str, Promise]] = {
     "auto": Promise.BOUNDED,
     "always": Promise.NOTHING,
     "access": Promise.LINEARIZABLE,
+    "prompt": Promise.BOUNDED,
+    "strict": Promise.LINEARIZABLE,
 }
-
-
-class Window(NamedTuple):
-    """From a fault until everything worked again. ``guests``: whose calls may have failed meanwhile."""
-
-    what: str
-    start_ns: int
-    end_ns: int
-    guests: tuple[int, ...]
-
-    def excuses(self, call: Call) -> bool:
-        return call.guest in self.guests and self.start_ns <= call.end_ns and call.start_ns <= self.end_ns
+GRANTING: Final = ("prompt", "strict")
+"""The modes in which there are leases."""
 
 
 class Violation(NamedTuple):
@@ -89,13 +86,15 @@ class Staleness(NamedTuple):
 
 class Verdict(NamedTuple):
     promise: Promise
-    violations: tuple[Violation, ...]  # what was seen, the shortest history first; then errors
+    violations: tuple[Violation, ...]  # what was seen, the shortest history first; then what took too long; then errors
     calls: int
     disturbed: int  # calls that a fault excuses
     reads: int  # of registers
     writes: int
     registers: int
+    raced: int  # calls that were searched through
     staleness: Staleness
+    longest: dict[str, Longest]
 
 
 def judge(
@@ -103,48 +102,108 @@ def judge(
     initial: Mapping[Register, Any],
     windows: Sequence[Window],
     promise: Promise,
+    bound_ns: int = AUTO_TIMEOUT_NS,
+    delays: Sequence[Delay] = (),
 ) -> Verdict:
-    """Check everything. ``windows``: the faults; an unexplained error outside of them breaks a linearizable mode."""
+    """Check everything. ``windows``: the faults, in their order; an unexplained error outside of them breaks a linearizable mode.
+
+    ``bound_ns``: for the modes that have one, besides the length of the longest call. ``delays``: of the
+    machine, in their order.
+    """
     registers = accesses(calls, initial)
     disturbed = [call for call in calls if call.is_disturbed]
-    violations, errors = [], []
-    if promise is Promise.LINEARIZABLE:  # in the others a kernel that believes in what is gone makes odd errors, too
-        for call in disturbed:
-            if call.error == LOST:
-                errors.append(Violation(call.step.path, "a success that the share does not show", (call,)))
-            elif not any(window.excuses(call) for window in windows):
-                errors.append(Violation(call.step.path, "an error without a cause", (call,)))
     # An answer of the cache was fetched by an earlier call of that guest, and no call took longer than the longest one.
-    bound_ns = AUTO_TIMEOUT_NS + _TICK_NS + max((call.end_ns - call.start_ns for call in calls), default=0)
+    bound_ns += _TICK_NS + max((call.end_ns - call.start_ns for call in calls), default=0)
     stale: list[int] = []
+    violations = []
     for register, each in registers.items():
         ages = _staleness(register, each)
         stale += [age for age in ages if age]
         finding = _FINDERS[promise](register, each, ages, bound_ns, calls)
         if finding is not None:
-            violations.append(_violation(register, finding, calls))
+            violations.append(_violation(str(register), finding.reason, [each.tag for each in finding.operations], calls))
+    raced = races(calls)
+    errors: list[Violation] = []
+    if promise is Promise.LINEARIZABLE:  # in the others a kernel that believes in what is gone makes odd errors, too
+        violations += [found for name, each in raced.items() if (found := _raced(name, each, calls)) is not None]
+        errors = [found for call in disturbed if (found := _error(call, windows)) is not None]
+    faults = Faults(windows, delays)
     return Verdict(
         promise,
-        (*sorted(violations, key=lambda each: len(each.calls)), *errors),
+        (
+            *sorted(violations, key=lambda each: len(each.calls)),
+            *map(_waited, unexplained_waits(calls, faults)),
+            *errors,
+        ),
         len(calls),
         len(disturbed),
         sum(len(each.reads) for each in registers.values()),
         sum(len(each.writes) for each in registers.values()),
         len(registers),
+        sum(map(len, raced.values())),
         _summary(stale),
+        longest_calls(calls, faults),
     )
 
 
+def _error(call: Call, windows: Sequence[Window]) -> Violation | None:
+    if call.error == LOST:
+        return Violation(call.step.path, "a success that the share does not show", (call,))
+    if any(window.excuses(call) for window in windows):
+        return None
+    return Violation(call.step.path, "an error without a cause", (call,))
+
+
+def _waited(wait: Wait) -> Violation:
+    took_s, allowed_s = (wait.call.end_ns - wait.call.start_ns) / _SECOND_NS, wait.allowed_ns / _SECOND_NS
+    why = f"even with {', '.join(wait.faults)}" if wait.faults else "with nothing wrong"
+    return Violation(wait.call.step.path, f"took {took_s:.3f} s, where {why} {allowed_s:.3f} s are allowed", (wait.call,))
+
+
+def _raced(name: str, calls_there: list[tuple[int, Call]], calls: Sequence[Call]) -> Violation | None:
+    try:
+        found = check_race(calls_there)
+    except TooMuch:
+        return Violation(f"race {name}", "too much happened at once for a verdict", ())
+    if found is None:
+        return None
+    contradiction, names = found
+    begun = " or ".join(describe_state(state, names) for state in contradiction.states)
+    tags = [each.tag for each in contradiction.operations]
+    return _violation(
+        f"race {name}", f"no order explains these calls; before them: {begun}", [*_last_changes(tags, calls_there, calls), *tags], calls
+    )
+
+
+def _last_changes(tags: Sequence[int], calls_there: list[tuple[int, Call]], calls: Sequence[Call]) -> set[int]:
+    """For the reader: the calls that last changed, before ``tags``, the names that these are about."""
+    start_ns = min(calls[tag].start_ns for tag in tags)
+    before = [(tag, call) for tag, call in calls_there if call.end_ns < start_ns and call.is_change and not call.error]
+    before.sort(key=lambda each: each[1].end_ns)
+    paths = {path for tag in tags for path in (calls[tag].step.path, calls[tag].step.other)}
+    last = {path: tag for tag, call in before for path in (call.step.path, call.step.other) if path in paths and path}
+    return set(last.values())
+
+
 def _staleness(register: Register, each: Accesses) -> list[int | None]:
-    if register.what == NAME:
-        return staleness_of_ordered(each.writes, each.reads, agrees)
-    return staleness_of_unique(each.writes, each.reads)
+    if _is_unique(register):
+        return staleness_of_unique(each.writes, each.reads)
+    return staleness_of_ordered(each.writes, each.reads, _matches(register))
 
 
 def _linearizable(register: Register, each: Accesses, *_: object) -> Finding | None:
-    if register.what == NAME:
-        return check_ordered(each.writes, each.reads, agrees)
-    return check_unique(each.writes, each.reads)
+    if _is_unique(register):
+        return check_unique(each.writes, each.reads)
+    return check_ordered(each.writes, each.reads, _matches(register))
+
+
+def _is_unique(register: Register) -> bool:
+    """Whether its writers race, with a value of its own for each; the others have one writer at a time."""
+    return register.what != NAME and register.path in ATTRIBUTE_FILES
+
+
+def _matches(register: Register) -> Matches:
+    return agrees if register.what == NAME else lambda seen, value: bool(seen == value)
 
 
 def _bounded(
@@ -165,14 +224,15 @@ def _bounded(
 
 
 def _is_misled(writes: Sequence[Write], read: Read, bound_ns: int, calls: Sequence[Call]) -> bool:
-    """Whether the guest itself had just renamed something to or from this name.
+    """Whether the guest itself had just renamed something to or from this name, or made the file longer.
 
-    Its kernel then has under the new name what it believed to be under the old one, which may never have been there.
+    Its kernel then has under the new name what it believed to be under the old one, which may never have been there; and
+    it believes that the file ends where it would if the size had been what it believed in.
     """
     return any(
         write.start_ns <= read.end_ns
         and read.start_ns <= write.end_ns + bound_ns
-        and calls[write.tag].step.op in RENAMES
+        and calls[write.tag].step.op in _MISLEADING
         and calls[write.tag].guest == calls[read.tag].guest
         for write in writes
         if write.tag >= 0
@@ -180,7 +240,7 @@ def _is_misled(writes: Sequence[Write], read: Read, bound_ns: int, calls: Sequen
 
 
 def _last_written(register: Register, writes: Sequence[Write], read: Read) -> list[Write]:
-    matches: Callable[[Any, Any], bool] = agrees if register.what == NAME else (lambda seen, value: bool(seen == value))
+    matches = _matches(register)
     return [write for write in writes if write.start_ns <= read.end_ns and matches(read.seen, write.value)][-1:]
 
 
@@ -192,9 +252,9 @@ _FINDERS: Final[dict[Promise, _Finder]] = {
 }
 
 
-def _violation(register: Register, finding: Finding, calls: Sequence[Call]) -> Violation:
-    tags = sorted({each.tag for each in finding.operations if each.tag >= 0}, key=lambda tag: calls[tag].start_ns)
-    return Violation(str(register), finding.reason, tuple(calls[tag] for tag in tags))
+def _violation(where: str, reason: str, tags: Iterable[int], calls: Sequence[Call]) -> Violation:
+    ordered = sorted({tag for tag in tags if tag >= 0}, key=lambda tag: calls[tag].start_ns)
+    return Violation(where, reason, tuple(calls[tag] for tag in ordered))
 
 
 def _summary(stale: list[int]) -> Staleness:

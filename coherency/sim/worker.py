@@ -2,46 +2,51 @@
 
 ``python -m coherency.sim.worker ORDERS`` with the orders as JSON. It ends by itself when its time is over. Each line of
 its record is one call; what it is busy with stands in a file of its own, for the day when a call does not return.
-
-Files of the groups, in a directory that has nothing to do with the share: ``N`` holds the names of group N, is written
-under flock by whoever changes them, and is never read without; ``generations`` has a word per group, for those who look.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import itertools
 import json
-import mmap
 import os
+import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from coherency.fuse import syscalls
-from coherency.sim.calls import CREATES, XATTR, Names, Step, after, made_by, names_of
-from coherency.sim.history import LOST, Call, mtime_ns
+from coherency.sim.actions import Actions
+from coherency.sim.calls import (
+    CREATES,
+    INSIDE,
+    RACE,
+    TREE,
+    Group,
+    Names,
+    Scene,
+    Step,
+    after,
+    kept_file,
+    made_by,
+)
+from coherency.sim.history import LOST, Call
 from coherency.sim.names import Entry
-from coherency.sim.workload import Workload
+from coherency.sim.plots import Plots
+from coherency.sim.workload import Kept, Workload, after_kept
 
-GENERATIONS_FILE: Final = "generations"
-_WORD_BYTES: Final = 8
-_FLAGS: Final = {"rename-noreplace": 1, "rename-exchange": 2}
 _CURRENT_BYTES: Final = 256
-_LOOKS_PER_CHANGE: Final = {True: 1, False: 30}
-_CHANGES_OF_NAMES: Final = 0.5
 # After an error that a fault must have caused: long enough not to fill the record with thousands of them.
 _PAUSE_AFTER_ERROR_S: Final = 0.01
+# Looks that a kernel answers take microseconds. So many of them at full speed; then the processors are for others.
+_LOOKS_AT_ONCE: Final = 20
+_REST_S: Final = 0.02
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What a worker is told. ``writes``: mostly changes things; the others mostly look."""
+    """What a worker is told. ``looks``: how many, for each change."""
 
     mount: str
     share: str  # the truth, for what a change of names has made
@@ -51,107 +56,19 @@ class Orders:
     guest: int
     worker: int
     workers: int
-    group_count: int
+    scene: Scene
     seed: str
-    writes: bool
+    looks: int
     until_ns: int
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
-
-# ---- the calls -----------------------------------------------------------------------------------------------------
-
-
-def _status(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_ino, status.st_mode, status.st_uid, status.st_size, status.st_mtime_ns
-
-
-def _create(path: str, _other: str, number: int) -> None:
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, number))
-
-
-def _rename(flags: int) -> Callable[[str, str, int], Any]:
-    return lambda path, other, _number: syscalls.renameat2(
-        syscalls.AT_FDCWD, os.fsencode(path), syscalls.AT_FDCWD, os.fsencode(other), flags
-    )
-
-
-def _listdir(path: str, _other: str, _number: int) -> list[str]:
-    return os.listdir(path)
-
-
-_CALLS: Final[dict[str, Callable[[str, str, int], Any]]] = {
-    "chmod": lambda path, _, number: os.chmod(path, number),
-    "chown": lambda path, _, number: os.chown(path, number, -1),
-    "truncate": lambda path, _, number: os.truncate(path, number),
-    "utime": lambda path, _, number: os.utime(path, ns=(0, mtime_ns(number))),
-    "setxattr": lambda path, _, number: os.setxattr(path, XATTR, b"%d" % number),
-    "create": _create,
-    "mkdir": lambda path, _, number: os.mkdir(path, number),
-    "symlink": lambda path, other, _: os.symlink(other, path),
-    "link": lambda path, other, _: os.link(path, other, follow_symlinks=False),
-    "unlink": lambda path, *_: os.unlink(path),
-    "rmdir": lambda path, *_: os.rmdir(path),
-    "rename": _rename(0),
-    "rename-noreplace": _rename(_FLAGS["rename-noreplace"]),
-    "rename-exchange": _rename(_FLAGS["rename-exchange"]),
-    "lstat": lambda path, *_: _status(os.lstat(path)),
-    "stat": lambda path, *_: _status(os.stat(path)),
-    # What os.path.exists does, but for hiding which error it was.
-    "exists": lambda path, *_: bool(os.stat(path)),
-    "readlink": lambda path, *_: os.readlink(path),
-    "getxattr": lambda path, *_: os.getxattr(path, XATTR).decode(),
-    "listdir": _listdir,
-}
-_SECOND_IS_A_PATH: Final = frozenset({"link", "rename", "rename-noreplace", "rename-exchange"})
-
-
-# ---- groups --------------------------------------------------------------------------------------------------------
-
-
-def prepare_groups(directory: Path, count: int) -> None:
-    """Fresh groups, all of them empty."""
-    for group in range(count):
-        (directory / str(group)).write_text(json.dumps([0, [None] * len(names_of(group, 0))]))
-    (directory / GENERATIONS_FILE).write_bytes(bytes(_WORD_BYTES * count))
-
-
-class Groups:
-    """The names that are changed under a lock; see the module."""
-
-    def __init__(self, directory: Path, count: int) -> None:
-        self._files = [os.open(directory / str(group), os.O_RDWR | os.O_CLOEXEC) for group in range(count)]
-        with open(directory / GENERATIONS_FILE, "r+b") as file:
-            self._words = memoryview(mmap.mmap(file.fileno(), _WORD_BYTES * count)).cast("Q")
-
-    def generations(self) -> list[int]:
-        return self._words.tolist()
-
-    @contextlib.contextmanager
-    def locked(self, group: int) -> Iterator[tuple[int, Names] | None]:
-        """The generation and names of the group, for whoever holds its lock; None if somebody else does."""
-        fd = self._files[group]
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        try:
-            generation, entries = json.loads(os.pread(fd, 1 << 16, 0))
-            names = zip(names_of(group, generation), entries, strict=True)
-            yield generation, {path: None if entry is None else Entry(*entry) for path, entry in names}
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)
-
-    def store(self, group: int, generation: int, names: Names) -> None:
-        """By the holder of the lock."""
-        data = json.dumps([generation, list(names.values())]).encode()
-        os.ftruncate(self._files[group], os.pwrite(self._files[group], data, 0))
-        self._words[group] = generation
-
-
-# ---- the worker ----------------------------------------------------------------------------------------------------
+    @classmethod
+    def from_json(cls, text: str) -> Orders:
+        fields = json.loads(text)
+        scene = Scene(*fields.pop("scene"))
+        return cls(**fields, scene=scene._replace(directories=tuple(scene.directories)))
 
 
 class Worker:
@@ -159,20 +76,20 @@ class Worker:
 
     def __init__(self, orders: Orders) -> None:
         self.orders = orders
-        self._mount, self._share = orders.mount + "/", orders.share + "/"
-        self._workload = Workload(
-            Random(orders.seed), worker=orders.worker, workers=orders.workers, groups=orders.group_count
-        )  # fmt: skip
-        self._groups = Groups(Path(orders.groups), orders.group_count)
-        self._serials = itertools.count()
+        self._share = orders.share + "/"
+        self._actions = Actions(orders.mount)
+        self._workload = Workload(Random(orders.seed), orders.scene, worker=orders.worker, workers=orders.workers)
+        self._plots = Plots(Path(orders.groups), orders.scene)
         self._current = os.open(orders.current, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def run(self) -> None:
-        until_ns, looks = self.orders.until_ns, _LOOKS_PER_CHANGE[self.orders.writes]
+        until_ns, looks = self.orders.until_ns, self.orders.looks
         with open(self.orders.record, "w") as record:
             turn = 0
             while time.monotonic_ns() < until_ns:
                 turn += 1
+                if looks >= _LOOKS_AT_ONCE and turn % _LOOKS_AT_ONCE == 0:
+                    time.sleep(_REST_S)
                 call = self._change() if turn % (looks + 1) == 0 else self._look()
                 if call is None:
                     continue
@@ -181,32 +98,89 @@ class Worker:
                     time.sleep(_PAUSE_AFTER_ERROR_S)
 
     def _look(self) -> Call:
-        return self._make(self._workload.look(self._groups.generations()))
+        return self._make(self._workload.look(self._plots.generations()))
 
     def _change(self) -> Call | None:
-        if not self._workload.chance(_CHANGES_OF_NAMES):
-            return self._make(self._workload.change_attribute())
         group = self._workload.pick_group()
-        with self._groups.locked(group) as held:
-            return None if held is None else self._change_name(group, *held)
+        if group is None:
+            return self._make(self._workload.change_attribute())
+        if group.kind == RACE:
+            return self._race(group)
+        with self._plots.locked(group) as held:
+            if held is None:
+                return None
+            generation, state = held
+            if isinstance(state, Kept):
+                return self._change_kept(group, generation, state)
+            return self._change_names(group, generation, state)
 
-    def _change_name(self, group: int, generation: int, names: Names) -> Call:
-        step = self._workload.change_name(names, next(self._serials))
-        call = self._make(step)._replace(source=names[step.path], target=names.get(step.other))
+    def _race(self, group: Group) -> Call:
+        generation = self._plots.generations()[group]
+        step = self._workload.race(self.orders.scene.names_of(group, generation))
+        call = self._make(step)
+        if step.op in CREATES:
+            made = made_by(step, call.result[0] if call.result else None)
+            call = call._replace(made=made, result=None)
+        if call.is_disturbed:
+            self._plots.retire_race(group, generation)
+        return call
+
+    # ---- those who hold a group's lock ----
+
+    def _change_names(self, group: Group, generation: int, names: Names) -> Call:
+        step = self._workload.change_tree(names) if group.kind == TREE else self._workload.change_name(names)
+        if step.path not in names:
+            return self._make_inside(group, generation, names, step)
+        source = names[step.path]
+        call = self._make(step)._replace(source=source, target=names.get(step.other))
+        makes = step.op in CREATES or (step.op == "open-create" and source is None)
         if not call.error:
-            made = self._entry(step.path) if step.op in CREATES else None
+            made = self._entry(step.path) if makes else source
             then = after(step, names, made)
-            as_asked = step.op not in CREATES or (made is not None and made == made_by(step, made.ino))
-            if as_asked and all(self._entry(path) == then[path] for path in (step.path, step.other) if path in then):
-                self._groups.store(group, generation, then)
+            as_asked = not makes or (made is not None and made == made_by(step, made.ino))
+            changed = [path for path in (step.path, step.other) if path in then]
+            if as_asked and all(self._entry(path) == _bare(then[path]) for path in changed):
+                self._plots.store(group, generation, then)
+                return call._replace(made=made if makes else None)
+            call = call._replace(error=LOST)
+        if call.is_disturbed:
+            self._plots.retire(group, generation)
+            if makes:
+                call = call._replace(made=made_by(step, None))
+        return call
+
+    def _make_inside(self, group: Group, generation: int, names: Names, step: Step) -> Call:
+        """Of a tree: the file in one of its directories."""
+        call = self._make(step)
+        made = self._entry(step.path)
+        directory = step.path.removesuffix(f"/{INSIDE}")
+        entry = names[directory]
+        if call.error or made is None or entry is None or made != made_by(step, made.ino):
+            self._plots.retire(group, generation)
+            return call._replace(error=call.error or LOST, made=made_by(step, None))
+        self._plots.store(group, generation, names | {directory: entry._replace(inside=made.ino)})
+        return call._replace(made=made)
+
+    def _change_kept(self, group: Group, generation: int, kept: Kept) -> Call:
+        path = kept_file(group, generation)
+        (name,) = self.orders.scene.names_of(group, generation)
+        step = self._workload.change_kept(path, name, kept)
+        source = None if step.op == "create" else kept.entry
+        call = self._make(step)._replace(source=source)
+        if not call.error:
+            made = self._entry(path) if step.op == "create" else None
+            then = after_kept(step, kept, made)
+            if self._is(path, name, then):
+                self._plots.store(group, generation, then)
                 return call._replace(made=made)
             call = call._replace(error=LOST)
         if call.is_disturbed:
-            fresh: Names = dict.fromkeys(names_of(group, generation + 1))
-            self._groups.store(group, generation + 1, fresh)
-            if step.op in CREATES:
+            self._plots.retire(group, generation)
+            if step.op == "create":
                 call = call._replace(made=made_by(step, None))
         return call
+
+    # ---- the truth ----
 
     def _entry(self, path: str) -> Entry | None:
         """What the share itself has there."""
@@ -216,21 +190,30 @@ class Worker:
         except FileNotFoundError:
             return None
 
+    def _is(self, path: str, name: str, kept: Kept) -> bool:
+        """Whether a kept file is, in the share itself, as it should be."""
+        status = os.lstat(self._share + path)
+        entry = self._entry(name)
+        return (
+            kept.entry is not None
+            and (stat.S_IMODE(status.st_mode), status.st_size, status.st_nlink, status.st_ino)
+            == (kept.mode, kept.size, 1 + kept.linked, kept.entry.ino)
+            and (entry is not None and entry.ino == status.st_ino if kept.linked else entry is None)
+        )
+
     def _make(self, step: Step) -> Call:
-        orders, number = self.orders, step.number
-        path = self._mount + step.path
-        other = self._mount + step.other if step.op in _SECOND_IS_A_PATH else step.other
-        make = _CALLS[step.op]
-        result, error = None, 0
+        orders = self.orders
         start_ns = time.monotonic_ns()
         os.pwrite(self._current, f"{start_ns} {' '.join(map(str, step))}\n".ljust(_CURRENT_BYTES).encode(), 0)
         start_ns = time.monotonic_ns()
-        try:
-            result = make(path, other, number)
-        except OSError as failure:
-            error = failure.errno or LOST
+        error, result = self._actions.make(step)
         end_ns = time.monotonic_ns()
         return Call(orders.guest, orders.worker, start_ns, end_ns, step, error, result)
+
+
+def _bare(entry: Entry | None) -> Entry | None:
+    """Without what is inside."""
+    return None if entry is None else entry._replace(inside=None)
 
 
 def _target(path: str, mode: int) -> str | None:
@@ -254,7 +237,7 @@ def _call(
 
 def main() -> None:
     os.umask(0)
-    Worker(Orders(**json.loads(sys.argv[1]))).run()
+    Worker(Orders.from_json(sys.argv[1])).run()
 
 
 if __name__ == "__main__":

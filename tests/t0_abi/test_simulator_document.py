@@ -6,9 +6,10 @@ from pathlib import Path
 from coherency.cli_check import check_command
 from coherency.cli_simulate import simulate_command
 from coherency.sim.calls import ANSWERS
-from coherency.sim.faults import FAULTS
+from coherency.sim.faults import DEFAULT_LEASE_NS, FAULTS, GROUPS
 from coherency.sim.litmus import DEFAULT_BOUND_S
 from coherency.sim.verdict import AUTO_TIMEOUT_NS, PROMISES
+from coherency.sim.waits import LONGEST_CALL_NS
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs/simulator.md").read_text()
 
@@ -21,12 +22,16 @@ def rows(section: str) -> list[list[str]]:
 
 def test_faults() -> None:
     assert rows("Faults") == [[f"`{name}`", kind.what] for name, kind in FAULTS.items()]
+    section = TEXT.partition("### Faults")[2].partition("| fault")[0]
+    assert re.findall(r"`(\w+)`", section) == list(GROUPS)
+    assert f"(`--lease`, {DEFAULT_LEASE_NS // 10**9} s here" in TEXT
 
 
 def test_promises() -> None:
     modes = [mode for row in rows("What is checked") for mode in re.findall(r"`(\w+)`", row[0])]
     assert sorted(modes) == sorted(PROMISES)
     assert f"the timeout ({AUTO_TIMEOUT_NS // 10**9} s)" in TEXT
+    assert f"may take longer than {LONGEST_CALL_NS // 10**9} s" in TEXT
 
 
 def test_calls() -> None:

@@ -68,7 +68,7 @@ def test_access_stays_so_when_things_break(socket_dir: Path) -> None:
 
 
 def test_control_without_bumps_a_stale_read_is_found_within_seconds(socket_dir: Path) -> None:
-    code, report, _ = simulate(socket_dir, "--seconds", "6", "--seed", "1", "--live-dangerously")
+    code, report, _ = simulate(socket_dir, "--seconds", "6", "--seed", "1", "--live-dangerously", "no-bumps")
     assert code == 1
     assert report["staleness"]["stale"] > 0
     stale = [each for each in report["violations"] if "overwritten" in each["reason"]]
@@ -111,6 +111,10 @@ def test_interrupted_it_leaves_nothing_behind(socket_dir: Path, number: int) -> 
         (["--guests", "0"], "--guests"),
         (["--seconds", "0"], "--seconds"),
         (["--cache", "sometimes"], "access"),
+        (["--lease", "0.1"], "--lease"),
+        (["--lease", "inf"], "--lease"),
+        (["--workload", "idle"], "same-directory"),
+        (["--live-dangerously", "carelessly"], "no-bumps"),
     ],
 )
 def test_impossible_options(options: list[str], says: str) -> None:
