@@ -26,6 +26,7 @@ from coherency import __version__
 from coherency.cli_check import check_command
 from coherency.cli_messages import errors_as_messages, finite_seconds, json_option
 from coherency.cli_simulate import simulate_command
+from coherency.daemon.leasing import GRANTING_MODES
 from coherency.daemon.service import DANGERS, Service, ServiceOptions
 from coherency.demo import Demo, Step
 from coherency.errors import CoherencyError, DaemonUnavailable, UsageError
@@ -42,6 +43,9 @@ from coherency.shm_table import DEFAULT_SLOT_COUNT, require_platform
 _SECOND_NS: Final = 1_000_000_000
 _LOOK_EVERY_S: Final = 0.2
 _NO_GROUP: Final = (1 << 32) - 1
+_GUEST_COLUMNS: Final = ("pid", "cache", "hits", "misses", "refreshes", "host trips", "entries")
+_GRANT_COLUMNS: Final = ("keys", "recalls", "unacked", "lease")
+_SWITCHED_OFF: Final = {"bumping": "bumps", "recalling": "recalls"}
 _WIDE_COLUMNS: Final = 200  # of what is no terminal: a line of the table stays a line
 
 _runtime_dir = click.option(
@@ -270,16 +274,32 @@ def _print_status(console: Console, report: dict[str, Any]) -> None:
         f"{report['slot_count']} slots), {report['nodes']} inodes known",
         soft_wrap=True,
     )
-    if report["bumping"] != "on":
-        console.print("  [bold red]bumps are switched off: guests are stale[/bold red]")
+    console.print(
+        f"  lease {report['lease_ns'] / _SECOND_NS:g} s, {report['keys_held']} keys held, {report['recalls']} recalls, "
+        f"{report['waits']} changes waited {report['waited_ns'] / _SECOND_NS:.3f} s (longest "
+        f"{report['longest_wait_ns'] / _SECOND_NS:.3f} s), {report['evictions']} evictions, {report['lost_guests']} lost guests",
+        soft_wrap=True,
+    )
+    if report["held_ns"]:
+        console.print(
+            f"  [bold yellow]changes are held for up to {report['held_ns'] / _SECOND_NS:.1f} s more[/bold yellow]: the daemon before "
+            f"this one was killed, and {report['held_for_guests']} of its guests have not come back",
+            soft_wrap=True,
+        )
+    for what in ("bumping", "recalling"):
+        if report[what] != "on":
+            console.print(f"  [bold red]{_SWITCHED_OFF[what]} are switched off: guests are stale[/bold red]")
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("  guest", overflow="fold")
-    for heading in ("pid", "cache", "hits", "misses", "refreshes", "host trips", "entries"):
+    granting = any(guest["mode"] in GRANTING_MODES for guest in report["guests"])
+    for heading in _GUEST_COLUMNS + (_GRANT_COLUMNS if granting else ()):
         table.add_column(heading, justify="right", no_wrap=True)
     for guest in report["guests"]:
         name = f"  {guest['name']}" + ("" if guest["answered"] else " (silent)")
-        numbers = (guest[key] for key in ("hits", "misses", "refreshes", "lower_requests", "entries"))
-        table.add_row(escape(name), str(guest["pid"]), guest["mode"], *map(str, numbers))
+        numbers = [guest[key] for key in ("pid", "mode", "hits", "misses", "refreshes", "lower_requests", "entries")]
+        if granting:
+            numbers += [guest[key] for key in _GRANT_COLUMNS[:-1]] + [f"{guest['lease_left_ns'] / _SECOND_NS:.1f} s"]
+        table.add_row(escape(name), *map(str, numbers))
     console.print(table if report["guests"] else "  no guests")
 
 

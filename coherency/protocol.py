@@ -140,7 +140,10 @@ class StatusRequest:
 
 @dataclass(frozen=True, slots=True)
 class GuestReport:
-    """One guest in the answer to a StatusRequest.  The counters are the last known ones unless `answered`."""
+    """One guest in the answer to a StatusRequest.  The counters are the last known ones unless `answered`.
+
+    The last four fields are the daemon's own knowledge, and 0 for a guest that is granted nothing.
+    """
 
     guest_id: U32
     name: ShortText
@@ -153,6 +156,10 @@ class GuestReport:
     refreshes: U64
     lower_requests: U64
     entries: U64
+    keys: U64
+    recalls: U64
+    unacked: U64
+    lease_left_ns: U64
 
 
 @dataclass(frozen=True, slots=True)

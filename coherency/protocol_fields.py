@@ -156,6 +156,16 @@ REPORT_KEYS: Final[Mapping[str, Kind]] = {
     "changes_in_flight": Unsigned(64),
     "slot_count": Unsigned(64),
     "table_bytes": Unsigned(64),
+    "lease_ns": Unsigned(64),
+    "keys_held": Unsigned(64),
+    "recalls": Unsigned(64),
+    "evictions": Unsigned(64),
+    "lost_guests": Unsigned(64),
+    "waits": Unsigned(64),
+    "waited_ns": Unsigned(64),
+    "longest_wait_ns": Unsigned(64),
+    "held_ns": Unsigned(64),
+    "held_for_guests": Unsigned(64),
 }
 """What every status report tells.  It may tell more: numbers (u64) and short texts under other keys."""
 

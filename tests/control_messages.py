@@ -22,6 +22,16 @@ REPORT: Mapping[str, ReportValue] = {
     "changes_in_flight": 0,
     "slot_count": 1 << 20,
     "table_bytes": (1 << 23) + 4096,
+    "lease_ns": 10_000_000_000,
+    "keys_held": 12,
+    "recalls": 5,
+    "evictions": 1,
+    "lost_guests": 0,
+    "waits": 2,
+    "waited_ns": 3_000_000,
+    "longest_wait_ns": 2_000_000,
+    "held_ns": 0,
+    "held_for_guests": 0,
 }
 
 

@@ -422,7 +422,7 @@ class Ledger:
         return LedgerStatistics(
             guests=len(guests),
             lost=sum(guest.lost for guest in guests),
-            keys=len(self._sharers.keys() | self._owed.keys()),
+            keys=len(self._sharers) + sum(key not in self._sharers for key in self._owed),
             registrations=sum(len(guest.keys) for guest in guests),
             unacked=sum(guest.sent - guest.acked for guest in guests),
             waiting=self._waiting,

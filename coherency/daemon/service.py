@@ -227,14 +227,16 @@ class Service:
         self.recalls.give_up()
 
     def report(self) -> Mapping[str, ReportValue]:
-        """The daemon's part of ``coherency status``."""
+        """The daemon's part of ``coherency status``. Under the control lock."""
+        now_ns = time.monotonic_ns()
         table, session, nodes = self.table.statistics(), self.session.statistics(), self.export.nodes.statistics()
+        ledger, recalls, hold = self.leasing.statistics(), self.recalls.statistics(), self.hold.statistics(now_ns)
         return {
             "name": self.options.name,
             "share": os.path.abspath(self.options.share),
             "export": str(self.directory.export),
             "pid": os.getpid(),
-            "uptime_ns": time.monotonic_ns() - self._started_at_ns,
+            "uptime_ns": now_ns - self._started_at_ns,
             "epoch": table.epoch,
             "bumps": table.bumps,
             "changes_in_flight": table.changes_in_flight,
@@ -245,6 +247,17 @@ class Service:
             "nodes": nodes.nodes,
             "descriptors": nodes.descriptors,
             "bumping": "on" if self.changes.bumps else "off",
+            "recalling": "on" if self.changes.recalls else "off",
+            "lease_ns": self.options.lease_ns,
+            "keys_held": ledger.keys,
+            "recalls": ledger.recalls,
+            "evictions": ledger.evictions,
+            "lost_guests": ledger.lost,
+            "waits": recalls.waits,
+            "waited_ns": recalls.waited_ns,
+            "longest_wait_ns": recalls.longest_wait_ns,
+            "held_ns": hold.left_ns,
+            "held_for_guests": hold.guests,
         }
 
 

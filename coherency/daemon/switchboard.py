@@ -18,7 +18,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -27,12 +27,12 @@ from coherency.daemon.deadlines import Deadlines
 from coherency.daemon.leasing import Leasing, OfGrants
 from coherency.daemon.ledger import Round
 from coherency.daemon.peer_states import Credentials, GuestSnapshot, Peer, PeerEvent, PeerId, PeerState, next_state
+from coherency.daemon.reports import guest_report
 from coherency.errors import MessageError, PeerError, ProtocolVersionError
 from coherency.ids import Epoch, GrantKey
 from coherency.protocol import (
     Evicted,
     Goodbye,
-    GuestReport,
     Hello,
     Invalidated,
     InvalidateRequest,
@@ -385,7 +385,7 @@ class Switchboard:
         if run is None:
             return
         try:
-            frames = self._status_frames(run.answered, now_ns)
+            frames = b"".join(map(encode, self._status_messages(run.answered, now_ns)))
         except Exception as error:  # noqa: BLE001 - it costs the askers their answer, and nobody else anything
             for peer_id in run.askers:
                 self._fail(self._peers[peer_id], error, now_ns)
@@ -395,28 +395,10 @@ class Switchboard:
                 self._actions.append(Send(peer_id, frames))
         self._start_run(now_ns)
 
-    def _status_frames(self, answered: set[PeerId], now_ns: int) -> bytes:
-        frames = bytearray()
+    def _status_messages(self, answered: set[PeerId], now_ns: int) -> Iterator[Message]:
         for peer_id, peer in self._guests.items():
-            assert peer.snapshot is not None
-            guest, known = peer.snapshot, peer.snapshot.statistics or Statistics(0, 0, 0, 0, 0, 0)
-            frames += encode(
-                GuestReport(
-                    guest_id=guest.guest_id,
-                    name=guest.name,
-                    pid=guest.pid,
-                    mode=guest.mode,
-                    connected_for_ns=now_ns - guest.connected_at_ns,
-                    answered=peer_id in answered,
-                    hits=known.hits,
-                    misses=known.misses,
-                    refreshes=known.refreshes,
-                    lower_requests=known.lower_requests,
-                    entries=known.entries,
-                )
-            )
-        frames += encode(StatusReply({**self._status(), "peers_dropped": self._dropped}))
-        return bytes(frames)
+            yield guest_report(peer, self._leasing.books(peer), answered=peer_id in answered, now_ns=now_ns)
+        yield StatusReply({**self._status(), "peers_dropped": self._dropped})
 
     # --- introspection -----------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from coherency.errors import MessageError
 from coherency.guest_agent.channel import Channel
 from coherency.ids import Epoch
+from coherency.leases import LONGEST_LEASE_NS
 from coherency.protocol import (
     GuestReport,
     Invalidated,
@@ -35,6 +36,7 @@ class Patience:
     answer_ns: int = 5_000_000_000
     first_retry_ns: int = 100_000_000
     last_retry_ns: int = 2_000_000_000
+    invalidation_ns: int = LONGEST_LEASE_NS + 5_000_000_000
 
 
 def fetch_status(runtime_root: Path, name: str, *, patience: Patience | None = None) -> Status:
@@ -54,10 +56,12 @@ def fetch_status(runtime_root: Path, name: str, *, patience: Patience | None = N
 def invalidate(runtime_root: Path, name: str, *, patience: Patience | None = None) -> Epoch:
     """Make the daemon of `name` begin a new epoch, so that every guest distrusts all that it has.  Returns the epoch.
 
-    Raises like `fetch_status`; `Refused` if this user is neither root nor the daemon's.
+    Waits until the kernels of guests have forgotten, too, which takes one lease if one of them does not answer.  Raises like `fetch_status`; `Refused` if this user is neither root nor the daemon's.
     """
-    deadline_ns = time.monotonic_ns() + (patience or Patience()).answer_ns
-    with contextlib.closing(Channel.dial(runtime_root, name, deadline_ns=deadline_ns)) as channel:
+    patience = patience or Patience()
+    began_ns = time.monotonic_ns()
+    with contextlib.closing(Channel.dial(runtime_root, name, deadline_ns=began_ns + patience.answer_ns)) as channel:
+        deadline_ns = began_ns + patience.invalidation_ns
         channel.ask(InvalidateRequest())
         return Epoch(require(Invalidated, channel.answer(deadline_ns)).epoch)
 

@@ -308,7 +308,7 @@ def test_a_decoder_holds_less_than_a_frame_however_much_it_is_fed() -> None:
         StatusReply({**REPORT, "share": ""}),
         StatusReply({**REPORT, "share": "a\0b"}),
         StatusReply({**REPORT, "share": "\ud800"}),
-        GuestReport(1, "n", 1, "none", -1, True, 0, 0, 0, 0, 0),
+        GuestReport(1, "n", 1, "none", -1, True, 0, 0, 0, 0, 0, 0, 0, 0, 0),
     ],
     ids=repr,
 )
