@@ -140,10 +140,7 @@ class StatusRequest:
 
 @dataclass(frozen=True, slots=True)
 class GuestReport:
-    """One guest in the answer to a StatusRequest.  The counters are the last known ones unless `answered`.
-
-    The last four fields are the daemon's own knowledge, and 0 for a guest that is granted nothing.
-    """
+    """One guest in the answer to a StatusRequest.  The counters up to `entries` are the last known ones unless `answered`."""
 
     guest_id: U32
     name: ShortText
