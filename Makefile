@@ -35,6 +35,10 @@ lint: venv ## ruff, and mypy in strict mode
 bench: venv ## nanoseconds per stat in each mode, and trips to the host
 	@.venv/bin/python benchmarks/hit_path.py $(ARGS)
 
+.PHONY: bench-sharing
+bench-sharing: venv ## what changes of shared files cost, recalls, and how late guests see them
+	@.venv/bin/python benchmarks/sharing.py $(ARGS)
+
 .PHONY: bench-fuse-libraries
 bench-fuse-libraries: venv ## one FUSE request through coherency.fuse, pyfuse3 and mfusepy (installs them under build/)
 	@.venv/bin/python benchmarks/fuse_libraries.py $(ARGS)

@@ -26,6 +26,10 @@ _NAME = "bench"
 class Served:
     """A context manager: an empty share in a directory of its own, with a daemon; guests come by ``mount`` and ``agent``."""
 
+    def __init__(self, *options: str) -> None:
+        """``options``: further ones for ``coherency serve``."""
+        self._options = options
+
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
             self.directory = Path(tempfile.mkdtemp(prefix="coherency-bench-"))
@@ -33,19 +37,21 @@ class Served:
             self.share = self.directory / "share"
             self.share.mkdir()
             self.runtime_dir = self.directory / "run"
+            self.export = self.runtime_dir / _NAME / "export"
             self._undo = undo
-            self._spawn("serve", str(self.share), "--name", _NAME)
+            self._spawn("serve", str(self.share), "--name", _NAME, *self._options)
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._undo.close()
 
-    def mount(self, mode: str) -> Path:
-        """A guest in a process of its own; returns where it has mounted the share."""
-        mountpoint = self.directory / mode
+    def mount(self, mode: str, name: str = "") -> Path:
+        """A guest in a process of its own; returns where it has mounted the share. It is called like its mode by default."""
+        name = name or mode
+        mountpoint = self.directory / name
         mountpoint.mkdir()
-        self._spawn("mount", _NAME, str(mountpoint), "--cache", mode, "--guest", mode)
+        self._spawn("mount", _NAME, str(mountpoint), "--cache", mode, "--guest", name)
         return mountpoint
 
     def agent(self) -> GuestAgent:
