@@ -10,13 +10,14 @@ Rules:
    end of an agent does not make a kernel forget.  Only one that holds nothing and owes nothing leaves at once.
 5. Who names a former session must be of the same user as who had it.
 6. A Renew from a guest that owes acks is answered as soon as those are there that it owed *then*, and counts from its own
-   arrival.  So a guest that is recalled all the time keeps its lease, and one that never acks does not.
+   arrival; of several the last is answered.  So a guest that is recalled all the time keeps its lease, and one that never acks does not.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from coherency.daemon.ledger import GuestBooks, Ledger, LedgerStatistics, Round
@@ -26,6 +27,7 @@ from coherency.ids import Epoch, GrantKey
 from coherency.protocol import Ack, Confirm, Hello, Recall, Register, Release, Renew, Renewed
 
 GRANTING_MODES: Final = ("prompt", "strict")
+_MAX_RENEWALS: Final = 16
 OfGrants = Register | Release | Ack | Renew
 
 
@@ -67,7 +69,8 @@ class _Holder:
     who: str
     uid: int
     peer: PeerId | None
-    renewal: _Renewal | None = None
+    renewals: deque[_Renewal] = field(default_factory=deque)
+    """Oldest first, `_MAX_RENEWALS` at most: what comes beyond is forgotten."""
 
 
 class Leasing:
@@ -156,16 +159,15 @@ class Leasing:
             return None
         if isinstance(message, Ack):
             self._ledger.ack(peer.session, message.serial)
-        else:
-            holder.renewal = _Renewal(message.serial, now_ns, self._ledger.books(peer.session).recalls)
-        return self._renewed(peer.session, holder)
-
-    def _renewed(self, session: int, holder: _Holder) -> Renewed | None:
-        renewal = holder.renewal
-        if renewal is None or not self._ledger.renew(session, renewal.asked_at_ns, owed=renewal.owed):
-            return None
-        holder.renewal = None
-        return Renewed(session, renewal.serial)
+        elif len(holder.renewals) < _MAX_RENEWALS:
+            holder.renewals.append(_Renewal(message.serial, now_ns, self._ledger.books(peer.session).recalls))
+        renewed = None
+        while holder.renewals:
+            first = holder.renewals[0]
+            if not self._ledger.renew(peer.session, first.asked_at_ns, owed=first.owed):
+                break
+            renewed = Renewed(peer.session, holder.renewals.popleft().serial)
+        return renewed
 
     # --- changes -----------------------------------------------------------------------------------------------
 
