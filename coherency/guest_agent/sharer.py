@@ -120,7 +120,10 @@ class Sharer:
     def _carry_out(self, channel: Channel) -> str | None:
         before = self._acked
         while self._owed:
-            if self._recalls is not None and not self._recalls.carry_out(self._owed[0]):
+            keys = self._owed[0]
+            if self._recalls is None:  # nothing was granted yet, but it would be under keys that the daemon has struck out
+                self.grants.revoke(keys) if keys else self.grants.revoke_everything()
+            elif not self._recalls.carry_out(keys):
                 break
             del self._owed[0]
             self._acked += 1
