@@ -29,10 +29,10 @@ from coherency.rendezvous import CONTROL_SOCKET_NAME
 from coherency.sim.calls import (
     ATTRIBUTE_FILES,
     COPY_SOURCE,
-    COPY_SOURCE_BYTES,
     DIRECTORIES,
     INITIAL_MODE,
     NAME_DIRECTORIES,
+    PAGE_BYTES,
     XATTR,
     Scene,
 )
@@ -136,7 +136,7 @@ class Machine:
             file.chmod(INITIAL_MODE)
             os.setxattr(file, XATTR, b"0")
             os.utime(file, ns=(0, mtime_ns(0)))
-        (self.share / COPY_SOURCE).write_bytes(bytes(COPY_SOURCE_BYTES))
+        (self.share / COPY_SOURCE).write_bytes(bytes(PAGE_BYTES))
         self._groups.mkdir()
         prepare_plots(self._groups, self.setup.scene)
         for guest in range(self.setup.guests):

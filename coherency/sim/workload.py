@@ -29,13 +29,13 @@ from typing import Final, NamedTuple
 
 from coherency.sim.calls import (
     ATTRIBUTE_FILES,
-    COPY_SOURCE_BYTES,
     CREATES,
     INITIAL_MODE,
     INSIDE,
     KEPT,
     LOOKS,
     MODES,
+    PAGE_BYTES,
     RACE,
     TREE,
     Group,
@@ -209,10 +209,11 @@ class Workload:
         # Every other time through the second name, if it is there.
         path = name if kept.linked and op != "removexattr" and self.chance(0.5) else path
         if op in ("append", "copy_file_range"):
-            count = random.randint(1, COPY_SOURCE_BYTES)
+            # Not beyond a page: kernels write page by page, and whoever looks in between sees a part, on any file system.
+            count = random.randint(1, PAGE_BYTES - kept.size % PAGE_BYTES)
             return Step(op, path, str(count), kept.size + count)
         if op == "fallocate":
-            return Step(op, path, number=kept.size + random.randint(1, COPY_SOURCE_BYTES))
+            return Step(op, path, number=kept.size + random.randint(1, PAGE_BYTES))
         if op in ("setxattr", "fchmod"):
             return Step(op, path, number=self._permissions())
         return Step(op, path)

@@ -23,6 +23,7 @@ from coherency.sim.calls import (
     KEPT,
     LOOKS,
     NAMES,
+    PAGE_BYTES,
     RACE,
     REMOVES,
     RENAMES,
@@ -532,6 +533,7 @@ def test_kept_files_are_changed_in_all_ways() -> None:
         ops.add(step.op)
         if step.op in ("append", "copy_file_range"):
             assert step.number == kept.size + int(step.other)
+            assert kept.size // PAGE_BYTES == (step.number - 1) // PAGE_BYTES, "written at once"
         kept = after_kept(step, kept, FILE)
     sizes = {"append", "open-truncate", "fallocate", "copy_file_range"}
     assert ops == {"create", *sizes, "setxattr", "removexattr", "fchmod", "link", "unlink"}
