@@ -12,19 +12,19 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from coherency.errors import CoherencyError
 from coherency.fuse import replies
 from coherency.fuse.abi import Opcode
 from coherency.fuse.codec import Request
-from coherency.fuse.nodes import Node
 from coherency.fuse.passthrough import Passthrough
-from coherency.fuse.session import Operation, Reply, Session
+from coherency.fuse.session import Deferred, Operation, Reply, Session
 from coherency.guest_agent.helper_pool import HelperPool
 from coherency.ids import HostInode, NodeId
 from tests.passthrough_server import answer_questions
@@ -37,21 +37,17 @@ class Options:
     lies: bool = True  # negative control: false
     proves_locks: bool = True  # negative control: false: whoever waits for the directory's lock is believed to have dropped the name
     cleans: bool = True  # negative control: false: the keeper does not know that anything was granted
-    channel: int | None = None  # what the keeper says goodbye on
+    channel: int | None = None  # a descriptor that it inherits: the keeper says goodbye there
     size: int = 4
-
-
-class OpenSession(Session):
-    def duplicate_device(self) -> int:
-        return os.dup(self._device)
-
-    def unanswered(self) -> Sequence[Request]:
-        return list(self._in_flight.values())
 
 
 class Hold:
     def __init__(self) -> None:
         self.reached, self.released = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.reached.set()
+        self.released.wait()
 
 
 class Granting(Passthrough):
@@ -63,7 +59,7 @@ class Granting(Passthrough):
         self.grants_names = self.grants_attributes = True
         self.lies = True
         self.highest: Callable[[NodeId], None] = lambda node: None
-        self.holds: dict[tuple[str, bytes], Hold] = {}
+        self.holds: dict[tuple[str, int, bytes], Hold] = {}
         self.seen: list[tuple[str, int, bytes, bool]] = []
 
     @property
@@ -71,7 +67,7 @@ class Granting(Passthrough):
         return {opcode: self._wrap(operation) for opcode, operation in super().operations.items()}
 
     def _wrap(self, operation: Operation) -> Operation:
-        def wrapped(request: Request) -> Reply:
+        def wrapped(request: Request) -> Reply | Deferred:
             is_helper = self.pool is not None and self.pool.is_helper(request.pid)
             name = getattr(request.body, "name", b"")
             opcode = Opcode(request.opcode).name
@@ -81,13 +77,15 @@ class Granting(Passthrough):
                 number = self.pool.lie(request)
                 if number is not None:
                     raise OSError(number, "a lie")
+            hold = self.holds.get((opcode, request.node, name)) if not is_helper else None
+            if hold is None:
+                return operation(request)
             if request.opcode == Opcode.LOOKUP:
-                result = operation(request)
-            hold = self.holds.get((opcode, name)) if not is_helper else None
-            if hold is not None:
-                hold.reached.set()
-                hold.released.wait()
-            return result if request.opcode == Opcode.LOOKUP else operation(request)
+                answer = operation(request)
+                hold.wait()
+                return answer
+            hold.wait()
+            return operation(request)
 
         return wrapped
 
@@ -115,15 +113,16 @@ class Server:
         root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._file_system = Granting(root)
         self._file_system.lies = options.lies
-        self._session = OpenSession.mount(mountpoint, self._file_system, source="coherency:test", name="test")
+        self._session = Session.mount(mountpoint, self._file_system, source="coherency:test", name="test")
         self._session.start()
         self._pool = self._file_system.pool = HelperPool.start(self._session, mountpoint, size=options.size)
         if options.cleans:
             self._file_system.highest = self._pool.granted_up_to
         if not options.proves_locks:
-            self._pool._holders = lambda directory: frozenset([0])  # type: ignore[method-assign]
+            setattr(self._pool, "_holders", lambda directory: frozenset([0]))  # noqa: B010
         if options.channel is not None:
             self._pool.share_channel(options.channel)
+            os.close(options.channel)
         self._drops: list[tuple[threading.Thread, list[bool]]] = []
 
     def _node(self, path: bytes) -> NodeId:
@@ -136,7 +135,13 @@ class Server:
 
     def _names(self, paths: list[str]) -> list[tuple[NodeId, bytes, NodeId]]:
         parts = [(os.path.split(path), path) for path in map(os.fsencode, paths)]
-        return [(self._node(parent), name, self._node(path)) for (parent, name), path in parts]
+        return [(self._node(parent), name, self._child(path)) for (parent, name), path in parts]
+
+    def _child(self, path: bytes) -> NodeId:
+        try:
+            return self._node(path)
+        except (KeyError, FileNotFoundError):  # the kernel knows what was called so before
+            return NodeId(0)
 
     def drop(self, *paths: str, deadline_s: float = 10.0) -> bool:
         return self._pool.drop(self._names(list(paths)), deadline_s)
@@ -178,14 +183,21 @@ class Server:
 
     # ---- what is held ----
 
-    def hold(self, opcode: str, name: str) -> None:
-        self._file_system.holds[opcode, os.fsencode(name)] = Hold()
+    def hold(self, opcode: str, directory: str, name: str) -> None:
+        """Of the next requests of that kind about a name in a directory; or about the directory itself, if the name is empty."""
+        self._file_system.holds[opcode, self._node(os.fsencode(directory)), os.fsencode(name)] = Hold()
 
-    def is_held(self, opcode: str, name: str, within_s: float = 20.0) -> bool:
-        return self._file_system.holds[opcode, os.fsencode(name)].reached.wait(within_s)
+    def is_held(self, opcode: str, directory: str, name: str, within_s: float = 20.0) -> bool:
+        key = opcode, self._node(os.fsencode(directory)), os.fsencode(name)
+        return self._file_system.holds[key].reached.wait(within_s)
 
-    def release(self, opcode: str, name: str) -> None:
-        self._file_system.holds.pop((opcode, os.fsencode(name))).released.set()
+    def release(self, opcode: str, directory: str, name: str) -> None:
+        key = opcode, self._node(os.fsencode(directory)), os.fsencode(name)
+        self._file_system.holds.pop(key).released.set()
+
+    def release_all(self) -> None:
+        while self._file_system.holds:
+            self._file_system.holds.popitem()[1].released.set()
 
     def grant(self, names: bool, attributes: bool) -> None:
         self._file_system.grants_names, self._file_system.grants_attributes = names, attributes
@@ -200,6 +212,17 @@ class Server:
         helpers = list(self._pool._by_pid.values())
         return sorted(helper.sleeps_in().decode() for helper in helpers if helper.job is not None)
 
+    def begin_invalidate_entry(self, parent: int, name: str) -> None:
+        notifying = threading.Thread(
+            target=self._session.invalidate_entry, args=(NodeId(parent), os.fsencode(name)), daemon=True
+        )
+        notifying.start()
+        self._notifier = notifying.native_id
+
+    def notifier_sleeps_in(self) -> str:
+        with open(f"/proc/self/task/{self._notifier}/wchan") as file:
+            return file.read()
+
     # ---- processes ----
 
     def helpers(self) -> list[int]:
@@ -211,6 +234,34 @@ class Server:
 
     def kill(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
+
+    def busy_helpers(self) -> list[int]:
+        return [pid for pid, helper in self._pool._by_pid.items() if helper.job is not None]
+
+    def share_connection(self, address: str) -> None:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address)
+            self._pool.share_channel(connection.fileno())
+
+    def share_nothing(self) -> None:
+        self._pool.share_channel(None)
+
+    def granted_up_to(self, node: int) -> None:
+        self._pool.granted_up_to(NodeId(node))
+
+    def close_helpers(self) -> None:
+        self._pool.close()
+
+    def start_another_without(self, what: str) -> str:
+        """What it raises to start another pool when there is no such thing."""
+        executable, sys.executable = sys.executable, "/nonexistent" if what == "python" else "/bin/true"
+        try:
+            HelperPool.start(self._session, self._session.mountpoint)
+        except CoherencyError as error:
+            return repr(error)
+        finally:
+            sys.executable = executable
+        return "nothing"
 
     def pool(self) -> dict[str, int]:
         self._pool.check()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from tests import mounts, passthrough_server
 
@@ -22,24 +22,18 @@ TIMEOUT_S = 30.0
 class Served:
     """``directory`` as seen through ``mountpoint``. A context manager; nothing may have been logged when it ends."""
 
-    def __init__(
-        self,
-        directory: Path,
-        mountpoint: Path,
-        *,
-        log: Path,
-        server: ModuleType = passthrough_server,
-        pass_fds: tuple[int, ...] = (),
-        **options: Any,
-    ) -> None:
-        """``server``: the module that serves it, with its ``Options``."""
+    server: ClassVar[ModuleType] = passthrough_server  # what serves it, with its ``Options``
+    descriptor_options: ClassVar[tuple[str, ...]] = ()  # options that are descriptors, which it inherits
+
+    def __init__(self, directory: Path, mountpoint: Path, *, log: Path, **options: Any) -> None:
         self.directory, self.mountpoint, self._log = directory, mountpoint, log
         self.logs_expected = False
         self.writeback = bool(options.get("kernel_cache", {}).get("writeback"))
         with open(log, "wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", server.__name__, directory, mountpoint, json.dumps(asdict(server.Options(**options)))],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=pass_fds,
+                [sys.executable, "-m", self.server.__name__, directory, mountpoint, json.dumps(asdict(self.server.Options(**options)))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                pass_fds=[value for name, value in options.items() if name in self.descriptor_options],
             )  # fmt: skip
         self._answer("start")
 

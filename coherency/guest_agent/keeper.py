@@ -33,6 +33,7 @@ from coherency.fuse.abi import ROOT_ID, Notify
 
 MAX_HELPERS: Final = 32
 MAX_ORDER_BYTES: Final = 4096
+_REAP_TIMEOUT_MS: Final = 100
 
 # Orders of the agent, and what the keeper tells: one letter, then what stands behind it.
 FORK: Final = b"F"  # order.pack(slot)
@@ -56,8 +57,8 @@ PAGE_BYTES: Final = mmap.PAGESIZE
 
 _FILE_HANDLE: Final = struct.Struct("=IiIII")
 _FILE_HANDLE_TYPE: Final = 0x81  # FILEID_INO64_GEN of fs/fuse/inode.c
-_notification: Final = struct.Struct("=IiQQqq")  # struct fuse_out_header, struct fuse_notify_inval_inode_out
-_header: Final = struct.Struct("=IiQ")
+_inval_inode: Final = struct.Struct("=IiQQqq")  # struct fuse_out_header, struct fuse_notify_inval_inode_out
+_inc_epoch: Final = struct.pack("=IiQ", 16, Notify.INC_EPOCH, 0)
 _STAT_AFRESH: Final = syscalls.AT_SYMLINK_NOFOLLOW | syscalls.AT_NO_AUTOMOUNT | syscalls.AT_STATX_FORCE_SYNC
 _IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # sent to whole groups; the agent decides
 
@@ -149,7 +150,7 @@ class Helper:
 
 
 def _open_node(node: int) -> int:
-    """A descriptor of what the kernel has as ``node`` of the file system of the working directory; -1: it has none, hence nothing below."""
+    """A descriptor of what the kernel has as ``node`` of the working directory's file system; -1: it has none, hence nothing below."""
     try:
         return syscalls.open_by_handle(syscalls.AT_FDCWD, file_handle_of(node), os.O_PATH)
     except OSError as error:
@@ -184,7 +185,10 @@ class Keeper:
         while True:
             ready = [fd for fd, _ in self._poll.poll()]
             if self._orders.fileno() in ready:
-                message, descriptors = receive(self._orders)
+                try:
+                    message, descriptors = receive(self._orders)
+                except ConnectionResetError:  # it has closed without reading all; what it has sent is still to come
+                    continue
                 if message == END:
                     break
                 if not message:
@@ -198,6 +202,7 @@ class Keeper:
                 self._poll.unregister(self._children[pid])
                 self._tell(DIED + order.pack(pid))
         self._kill_helpers()
+        self._reap_helpers()
 
     def _obey(self, kind: bytes, rest: bytes, descriptors: list[int]) -> None:
         if kind == FORK:
@@ -244,19 +249,35 @@ class Keeper:
 
     def _bury(self) -> None:
         """The agent is dead: the kernel must not answer in its place, nor wait for it."""
-        for node in range(ROOT_ID, self._words[HIGHEST_NODE] + 1):
-            _attempt(os.write, self._device, _notification.pack(_notification.size, -Notify.INVAL_INODE, 0, node, -1, 0))
-        _attempt(os.write, self._device, _header.pack(_header.size, -Notify.INC_EPOCH, 0))  # where it is offered
+        is_clean = self._clean_kernel()
         if self._channel is not None:
-            self._channel.setblocking(False)
-            _attempt(self._channel.send, self._goodbye)
-            self._channel.close()
+            if is_clean:
+                self._channel.setblocking(False)
+                _attempt(self._channel.send, self._goodbye)
+            self._channel.close()  # without a goodbye, whoever could be answered wrongly is waited for as long as that may be
         self._kill_helpers()  # before requests end, lest they go on with their jobs
-        os.close(self._device)  # the last descriptor: this ends the connection, and requests with it
+        os.close(self._device)  # the last descriptor: this ends the connection, and all requests with it
+
+    def _clean_kernel(self) -> bool:
+        """Attributes suffice: without those of its directories no name is found. False: something may still be answered from memory."""
+        is_clean = True
+        for node in range(ROOT_ID, self._words[HIGHEST_NODE] + 1):
+            try:
+                os.write(self._device, _inval_inode.pack(_inval_inode.size, Notify.INVAL_INODE, 0, node, -1, 0))
+            except OSError as error:
+                is_clean = is_clean and error.errno == errno.ENOENT  # nothing of this node is known
+        _attempt(os.write, self._device, _inc_epoch)  # names, too, where it is offered
+        return is_clean
 
     def _kill_helpers(self) -> None:
         for fd in self._children.values():
             _attempt(signal.pidfd_send_signal, fd, signal.SIGKILL)
+
+    def _reap_helpers(self) -> None:
+        """Those that do not hang; process 1 sees to the others."""
+        for pid, fd in self._children.items():
+            if _is_readable(fd, _REAP_TIMEOUT_MS):
+                os.waitpid(pid, 0)
 
 
 def _attempt(function: Callable[..., object], *arguments: object) -> None:
@@ -264,6 +285,12 @@ def _attempt(function: Callable[..., object], *arguments: object) -> None:
         function(*arguments)
     except OSError:
         return  # there is nobody whom it could be told, and the next step must be done all the same
+
+
+def _is_readable(fd: int, timeout_ms: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_ms))
 
 
 def _highest_descriptor() -> int:
