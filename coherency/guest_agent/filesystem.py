@@ -28,7 +28,7 @@ _O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _LISTING_BYTES: Final = 1 << 18
 _XATTR_SIZE_MAX: Final = 65536
 _ABSENT: Final = object()
-_ACLS: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
+ACLS: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 # What the cache's keys begin with; the inode number follows, then a name where there are several.
 _ATTRIBUTES, _NAME, _LISTING, _TARGET, _XATTR, _XATTRS, _STATX, _PAGES = range(8)
@@ -101,8 +101,8 @@ class CachingFileSystem(Passthrough):
         """The reply to STATX, which asked for ``mask``."""
         return reply
 
-    def about_to_fetch(self, ino: HostInode) -> None:
-        """The attributes of this inode are fetched next."""
+    def about_to_fetch(self, *inodes: HostInode) -> None:
+        """The attributes of these inodes are fetched next, or may be soon: they have just been listed."""
 
     @staticmethod
     def holds_name(cache: UserCache, parent: Node, name: bytes, node: Node) -> bool:
@@ -118,6 +118,11 @@ class CachingFileSystem(Passthrough):
     def holds_statx(cache: UserCache, node: Node, mask: int, reply: Reply) -> bool:
         """The same for a reply to STATX."""
         return cache.peek((_STATX, node.ino, mask)) is reply
+
+    @staticmethod
+    def holds_acl(cache: UserCache, node: Node, name: bytes) -> bool:
+        """Whether the cache knows now what the ACL of that name is."""
+        return cache.peek((_XATTR, node.ino, name)) is not None
 
     # ---- names and attributes ----
 
@@ -240,7 +245,7 @@ class CachingFileSystem(Passthrough):
 
     def getxattr(self, request: Request) -> Reply:
         body: codec.Getxattr = request.body
-        fetch = self._fetch_acl if body.name in _ACLS else super().getxattr
+        fetch = self._fetch_acl if body.name in ACLS else super().getxattr
         return self._xattr((_XATTR, self.nodes.get(request.node).ino, body.name), fetch, request)
 
     def _fetch_acl(self, request: Request) -> Reply:
@@ -316,6 +321,7 @@ class CachingFileSystem(Passthrough):
                     inodes[entry.name] = HostInode(entry.ino)
         finally:
             os.close(fd)
+        self.about_to_fetch(*inodes.values())
         listing = Listing(records, inodes, stamp)
         cache.put((_LISTING, node.ino), listing, stamp, units=1 + len(records))
         return listing

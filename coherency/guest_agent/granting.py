@@ -8,8 +8,10 @@
 4. What a helper asks is answered as its job wants it, or truthfully, and never grants anything.
 5. A rename moves what the kernel has of a name to the new name, with the time that the old one was granted for, and nobody
    would ever recall the new one. So a rename of a name that is granted is not forwarded: the name is dropped, and ESTALE makes
-   the kernel begin anew (``retry_estale``), which looks the name up afresh. After that, and after each rename, names of the
-   inode are not granted for a while: until the kernel has moved what it has.
+   the kernel begin anew (``retry_estale``), which looks the name up afresh. After that, and after each rename, the old name is
+   not granted for a while, whatever it leads to: until the kernel has moved what it has.
+6. The kernel keeps ACLs, without any time, until it is told to forget the attributes. It may, if the attributes' key is good for
+   grants; otherwise it is told before the reply is written, and a reply that comes after that is not kept (``__get_acl``).
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ from coherency.fuse.nodes import Node
 from coherency.fuse.session import Deferred, Operation, Reply
 from coherency.fuse.tree import Change, Leaving, Unwatched
 from coherency.guest_agent.cache import UserCache
-from coherency.guest_agent.filesystem import CachingFileSystem
+from coherency.guest_agent.filesystem import ACLS, CachingFileSystem
 from coherency.guest_agent.grants import GrantedName, Grants
 from coherency.guest_agent.recalls import Helpers, Recalls
 from coherency.ids import HostInode, NodeId, SlotIndex
 from coherency.leases import attributes_key, names_key
 
 _RENAME_EXCHANGE: Final = 1 << 1
+_MANY_ENTRIES: Final = 1024
+"""A listing of more registers nothing: who lists such a directory mostly wants the names alone."""
+_WHILE_RENAMED_NS: Final = 1 << 60
 _HOLD_OFF_NS: Final = 1_000_000_000
 """Longer than the kernel takes from the answer to a RENAME to moving what it has, or to sending the RENAME again."""
 
@@ -92,10 +97,12 @@ class GrantingFileSystem(CachingFileSystem):
 
     # ---- granting ----
 
-    def about_to_fetch(self, ino: HostInode) -> None:
+    def about_to_fetch(self, *inodes: HostInode) -> None:
+        if len(inodes) > _MANY_ENTRIES:
+            return
         reader = self.cache.reader
-        slot = reader.slot_of(ino)
-        self.grants.register((attributes_key(slot), names_key(slot)), reader.epoch)
+        slots = dict.fromkeys(reader.slot_of(ino) for ino in inodes)
+        self.grants.register([*map(attributes_key, slots), *map(names_key, slots)], reader.epoch)
 
     def answer_name(self, cache: UserCache, parent: Node, name: bytes, node: Node, attr: bytes) -> bytes | Deferred:
         return _NameGrant(self, cache, parent, name, node, attr)
@@ -132,6 +139,22 @@ class GrantingFileSystem(CachingFileSystem):
             self._helpers.granted_up_to(node)
             self._highest_granted = node
 
+    def getxattr(self, request: Request) -> Reply:
+        if request.body.name not in ACLS:
+            return super().getxattr(request)
+        try:
+            return super().getxattr(request)
+        finally:  # that there is none is kept, too
+            self._let_keep_acl(self.nodes.get(request.node), request.body.name)
+
+    def _let_keep_acl(self, node: Node, name: bytes) -> None:
+        """Rule 6."""
+        cache, recalls = self.cache, self._recalls
+        with self.grants.lock:
+            kept = self.holds_acl(cache, node, name) and self.time_of_attributes(cache, node) > 0
+        if not kept and recalls is not None:
+            recalls.forget_acl(node.id)
+
     def forget(self, request: Request) -> Reply:
         known = [self.nodes.find(node_id) for node_id, _ in request.body.forgotten]
         reply = super().forget(request)
@@ -163,9 +186,14 @@ class GrantingFileSystem(CachingFileSystem):
         granted = {slot for name in names if (slot := self.grants.slot_of_name(*name)) is not None}
         recalls = self._recalls
         if granted and recalls is not None and recalls.danger != "no-self-recall":  # rule 5
+            self.grants.hold_off(names, _HOLD_OFF_NS)
             with _OwnChange(recalls, set(), granted, lambda: request.interrupted):
                 raise OSError(errno.ESTALE, "a granted name is renamed: look it up again")
-        return super().rename(request)
+        self.grants.hold_off(names, _WHILE_RENAMED_NS)
+        try:
+            return super().rename(request)
+        finally:
+            self.grants.hold_off(names, _HOLD_OFF_NS)
 
 
 class _Grant(Deferred):
@@ -251,9 +279,7 @@ class _OwnChange:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        grants = self._recalls.grants
-        grants.hold_off(self._gone, _HOLD_OFF_NS)  # first, rule 5
-        grants.end_change(self._slots | self._gone)
+        self._recalls.grants.end_change(self._slots | self._gone)
 
     def touch(self, ino: HostInode) -> None:
         """What came into being is in nobody's kernel."""

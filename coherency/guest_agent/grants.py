@@ -10,8 +10,8 @@ kernel may keep, or names that lead to a node.
    The Confirm must be of the table's present epoch, and the lease must not be over. No grant reaches beyond the lease.
 3. What a key is revoked for is written down until the kernel is known to have nothing of it (``dropped``): who revokes it again
    meanwhile finds it, too, and does not believe that it is gone. What was granted anew meanwhile stays.
-4. While the guest changes something itself, nothing of its slots is registered, and so nothing granted. Names that are held
-   off are not registered for a while after, either.
+4. While the guest changes something itself, nothing of its slots is registered, and so nothing granted. A name that is held
+   off is not granted for a while, whatever it leads to.
 5. Register and Release are sent under the lock: the daemon reads them in the order in which they were written down.
 6. At most ``max_keys`` keys are in the books, and ``MAX_UNCONFIRMED`` Registers under way; beyond that nothing is granted. A key
    that was not used for so long that no grant of it can be left is swept out, and released. A thing whose node the
@@ -106,7 +106,7 @@ class Grants:
         self._asked: dict[int, tuple[GrantKey, ...]] = {}  # unconfirmed
         self._unreleased: set[GrantKey] = set()
         self._changing: dict[SlotIndex, int] = {}
-        self._held_off: dict[SlotIndex, int] = {}
+        self._held_off: dict[tuple[NodeId, bytes], int] = {}  # until when
         self._granted_attributes = self._granted_names = 0
 
     # ---- the connection ----
@@ -162,7 +162,7 @@ class Grants:
     def _register(self, keys: Iterable[GrantKey], epoch: int, now_ns: int) -> None:
         if now_ns >= self._lease_until_ns or len(self._asked) >= MAX_UNCONFIRMED:
             return
-        wanted = tuple(key for key in keys if self._may_register(key, epoch, now_ns))
+        wanted = tuple(key for key in keys if self._may_register(key, epoch))
         if not wanted or len(self._keys) + len(wanted) > self._max_keys:
             return
         self._serial += 1
@@ -177,9 +177,8 @@ class Grants:
             self._keys.move_to_end(key)
             self._unreleased.discard(key)
 
-    def _may_register(self, key: GrantKey, epoch: int, now_ns: int) -> bool:
-        slot = slot_of(key)
-        if slot in self._changing or (is_names_key(key) and self._is_held_off(slot, now_ns)):
+    def _may_register(self, key: GrantKey, epoch: int) -> bool:
+        if slot_of(key) in self._changing:
             return False
         entry = self._keys.get(key)
         return entry is None or entry.serial < self._first_serial or entry.epoch not in (-1, epoch)
@@ -196,7 +195,7 @@ class Grants:
 
     def grant_name(self, slot: SlotIndex, name: GrantedName, epoch: Epoch) -> int:
         """The same for a name that leads to an inode of ``slot``."""
-        if slot in self._held_off and self._is_held_off(slot, self._clock_ns()):
+        if name[:2] in self._held_off and self._is_held_off(name[:2], self._clock_ns()):
             return 0
         key = names_key(slot)
         left_ns = self._grant(key, name, epoch)
@@ -307,21 +306,18 @@ class Grants:
                 else:
                     del self._changing[slot]
 
-    def hold_off(self, slots: Iterable[SlotIndex], for_ns: int) -> None:
-        """No name that leads to inodes of these slots is granted for a while."""
+    def hold_off(self, names: Iterable[tuple[NodeId, bytes]], for_ns: int) -> None:
+        """These names, each with its directory, are not granted for a while."""
         with self.lock:
             until_ns = self._clock_ns() + for_ns
-            for slot in slots:
-                self._held_off[slot] = until_ns
+            for name in names:
+                self._held_off[name] = until_ns
 
-    def _is_held_off(self, slot: SlotIndex, now_ns: int) -> bool:
-        until_ns = self._held_off.get(slot)
-        if until_ns is None:
-            return False
-        if now_ns >= until_ns:
-            del self._held_off[slot]
-            return False
-        return True
+    def _is_held_off(self, name: tuple[NodeId, bytes], now_ns: int) -> bool:
+        if now_ns < self._held_off[name]:
+            return True
+        del self._held_off[name]
+        return False
 
     def slot_of_name(self, parent: NodeId, name: bytes) -> SlotIndex | None:
         """The slot of what the kernel may have under a name, if it may have the name."""
@@ -351,8 +347,8 @@ class Grants:
         with self.lock:
             now_ns = self._clock_ns()
             self._send_releases()
-            for slot in list(self._held_off):
-                self._is_held_off(slot, now_ns)
+            for name in list(self._held_off):
+                self._is_held_off(name, now_ns)
             before_ns = now_ns - LAPSE_LEASES * self._lease_ns
             keys: list[GrantKey] = []
             for key, entry in self._keys.items():

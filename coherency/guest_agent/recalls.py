@@ -125,6 +125,10 @@ class Recalls:
         if revoked.registered:
             self.grants.release(revoked.registered)
 
+    def forget_acl(self, node: NodeId) -> None:
+        """The kernel forgets the ACLs of a node, and does not keep one that is being answered."""
+        self._kernel.invalidate_inode(node)
+
     # ---- tidying ----
 
     def sweep(self) -> None:
