@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from coherency.guest_agent.keeper import MAX_HELPERS
+from coherency.fuse.syscalls import file_handle
+from coherency.guest_agent.keeper import MAX_HELPERS, file_handle_of
 from tests.dropping import Call, Dropping, dropping
 from tests.passthrough import eventually
 from tests.scenarios.comparing import UserProcess, as_user
@@ -512,6 +513,12 @@ def test_under_memory_pressure(mount: Dropping, place: str) -> None:
         assert outcome(20)
         assert not mount.is_cached(f"{place}/f")
         assert mount.ask("drop_names", [[mount.ask("node_of", place), "f", 0]], 10)
+    os.close(held)
+
+
+def test_a_node_is_found_by_the_handle_that_we_make(mount: Dropping, place: str) -> None:
+    held = os.open(mount.mountpoint / place, os.O_PATH)
+    assert file_handle(held) == file_handle_of(mount.ask("node_of", place))
     os.close(held)
 
 
