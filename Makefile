@@ -8,8 +8,11 @@ SHELL := /bin/bash
 # Extra arguments, e.g.: make test ARGS='-m t1 -k rename'
 ARGS ?=
 
-# Programs that the tests run on a guest's mount, and files that they read, as package=program or package=/path.
-TEST_PROGRAMS := acl=setfacl attr=getfattr git=git linux-libc-dev=/usr/include/linux/fuse.h rsync=rsync sqlite3=sqlite3
+# What the models are searched with, as package=program or package=/path: gcc's package does not bring the headers along.
+MODEL_PROGRAMS := spin=spin gcc=gcc libc6-dev=/usr/include/stdio.h
+
+# Programs that the tests run on a guest's mount, and files that they read.
+TEST_PROGRAMS := acl=setfacl attr=getfattr git=git linux-libc-dev=/usr/include/linux/fuse.h rsync=rsync sqlite3=sqlite3 $(MODEL_PROGRAMS)
 
 # What the user's shell sets for other programs must not reach into .venv, nor keep Python from caching bytecode there.
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
@@ -30,6 +33,11 @@ test: programs lint ## set up everything, lint, and run all tests, the fast ones
 lint: venv ## ruff, and mypy in strict mode
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
+
+.PHONY: model
+model: venv ## search the models of docs/model in full (ARGS=--quick: those searches that are short)
+	@scripts/need-programs $(MODEL_PROGRAMS)
+	@.venv/bin/python docs/model/check.py $(ARGS)
 
 .PHONY: bench
 bench: venv ## nanoseconds per stat in each mode, and trips to the host
