@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import array
 import errno
+import itertools
 import mmap
 import os
 import select
@@ -25,6 +26,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
@@ -34,6 +36,8 @@ from coherency.fuse.abi import ROOT_ID, Notify
 MAX_HELPERS: Final = 32
 MAX_ORDER_BYTES: Final = 4096
 _REAP_TIMEOUT_MS: Final = 100
+_CLEANING_NS: Final = 2_000_000_000  # callers wait meanwhile; enough for half a million nodes
+_NODES_AT_ONCE: Final = 256
 
 # Orders of the agent, and what the keeper tells: one letter, then what stands behind it.
 FORK: Final = b"F"  # order.pack(slot)
@@ -259,14 +263,20 @@ class Keeper:
         os.close(self._device)  # the last descriptor: this ends the connection, and all requests with it
 
     def _clean_kernel(self) -> bool:
-        """Attributes suffice: without those of its directories no name is found. False: something may still be answered from memory."""
+        """Attributes suffice: without those of its directories no name is found. False: something may still be answered from memory.
+
+        The root first, without which nobody comes in by a path; then the youngest, since the oldest are mostly forgotten.
+        """
+        _attempt(os.write, self._device, _inc_epoch)  # names, too, where it is offered
+        deadline_ns = time.monotonic_ns() + _CLEANING_NS
         is_clean = True
-        for node in range(ROOT_ID, self._words[HIGHEST_NODE] + 1):
+        for node in itertools.chain([ROOT_ID], range(self._words[HIGHEST_NODE], ROOT_ID, -1)):
             try:
                 os.write(self._device, _inval_inode.pack(_inval_inode.size, Notify.INVAL_INODE, 0, node, -1, 0))
             except OSError as error:
                 is_clean = is_clean and error.errno == errno.ENOENT  # nothing of this node is known
-        _attempt(os.write, self._device, _inc_epoch)  # names, too, where it is offered
+            if node % _NODES_AT_ONCE == 0 and time.monotonic_ns() > deadline_ns:
+                return False
         return is_clean
 
     def _kill_helpers(self) -> None:

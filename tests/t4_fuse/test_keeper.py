@@ -151,7 +151,7 @@ def test_without_a_connection_there_is_no_goodbye(directory: Path, daemon: Daemo
 
 
 def test_an_agent_that_had_granted_much(directory: Path, daemon: Daemon) -> None:
-    """The keeper goes through all nodes, however many have been granted something."""
+    """The keeper goes through all nodes."""
     with dropping(directory, channel=daemon.guests_end.fileno()) as mount:
         (mount.directory / "f").touch()
         mount.warm("f")
@@ -161,6 +161,19 @@ def test_an_agent_that_had_granted_much(directory: Path, daemon: Daemon) -> None
         assert daemon.messages() == [Goodbye()]
         assert attempt(os.fstat, file) in DEAD
         attempt(os.close, file)
+
+
+def test_an_agent_that_had_granted_more_than_can_be_gone_through(directory: Path, daemon: Daemon) -> None:
+    """No goodbye, so that the daemon waits for the end of the lease; but nobody hangs meanwhile."""
+    with dropping(directory, channel=daemon.guests_end.fileno()) as mount:
+        (mount.directory / "f").touch()
+        mount.warm("f")
+        mount.ask("granted_up_to", 1 << 40)
+        processes = processes_of(mount)
+        mount.kill()
+        assert attempt(os.stat, mount.mountpoint / "f") in DEAD
+        assert daemon.messages() == []
+        eventually(lambda: all_gone(processes))
 
 
 # --- the agent ends ---
