@@ -12,6 +12,7 @@ Rules:
 5. Only the loop touches the selector, and closes sockets: what other threads leave to it they put into `_attention` or
    `_retired`, and wake it.
 6. Nobody takes another lock of ours and then the control lock.
+7. What a peer has said before its end counts, also if the end is noticed by sending to it.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class _Link:
     unsent: bytearray = field(default_factory=bytearray)
     table_goes_next: bool = False
     waits_for_room: bool = False
+    broken: bool = False
 
 
 class ControlServer:
@@ -103,6 +105,7 @@ class ControlServer:
         self._links: dict[PeerId, _Link] = {}
         self._attention: list[_Link] = []
         self._retired: list[_Link] = []
+        self._broken: list[tuple[_Link, str]] = []
         self._asleep_until_ns: int | None = None
         self._hung_up = False
         self._selector = selectors.DefaultSelector()
@@ -169,10 +172,8 @@ class ControlServer:
         """
         with self._control_lock:
             link = None if origin is None else self._links.get(self._leasing.peer_of(origin) or PeerId(0))
-            for _ in range(_POLLS if link else 0):
-                assert link is not None
-                if link.peer not in self._links or not self._read(link):
-                    break
+            if link is not None:
+                self._poll(link)
             round_ = self._board.recall(keys, wake, time.monotonic_ns())
             self._act()
             self._wake_if_needed()
@@ -197,6 +198,7 @@ class ControlServer:
     def statistics(self) -> ServerStatistics:
         """The counters.  Each is exact; together they are of one moment only while nothing happens."""
         board: SwitchboardStatistics = self._board.statistics()
+        board = board._replace(peers=len(self._links) + len(self._retired))  # each has a descriptor
         return ServerStatistics(*board, self._received_bytes, self._sent_bytes)
 
     def check(self) -> None:
@@ -249,12 +251,12 @@ class ControlServer:
             if link.peer in self._links:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.unsent else 0)
                 self._selector.modify(link.sock, events, link)
-        retired, self._retired = self._retired, []
-        for link in retired:
-            self._selector.unregister(link.sock)
-            link.sock.close()
-        if retired and self._accept_again_at_ns is not None:
-            self._accept_again_at_ns = 0  # there is a descriptor now
+        while self._retired:
+            self._selector.unregister(self._retired[-1].sock)
+            self._retired[-1].sock.close()
+            self._retired.pop()
+            if self._accept_again_at_ns is not None:
+                self._accept_again_at_ns = 0  # there is a descriptor now
         due = [at_ns for at_ns in (self._board.next_deadline_ns, self._accept_again_at_ns) if at_ns is not None]
         self._asleep_until_ns = min(due, default=None)
 
@@ -303,22 +305,27 @@ class ControlServer:
             self._read(link)
         self._act()
 
+    def _poll(self, link: _Link) -> None:
+        """Read what lies there, within bounds."""
+        for _ in range(_POLLS):
+            if not self._read(link):
+                break
+
     def _read(self, link: _Link) -> bool:
-        """Read once; false if there was nothing."""
+        """Read once; false if nothing more is to be expected now.  What follows from it is left to `_act`."""
         try:
             data = link.sock.recv(READ_BYTES)
         except BlockingIOError:
             return False
         except OSError as error:
             self._board.lost(link.peer, f"could not be read: {error.strerror}", time.monotonic_ns())
-        else:
-            self._received_bytes += len(data)
-            self._board.received(link.peer, data, time.monotonic_ns())
-        self._act()
-        return True
+            return False
+        self._received_bytes += len(data)
+        self._board.received(link.peer, data, time.monotonic_ns())
+        return bool(data)
 
     def _act(self) -> None:
-        while actions := self._board.take_actions():
+        while (actions := self._board.take_actions()) or self._broken:
             for action in actions:
                 if isinstance(action, Note):
                     _log.info("%s: %s", action.who, action.what)
@@ -334,15 +341,22 @@ class ControlServer:
                     self._flush(link)
                 else:
                     self._hang_up(link, action)
+            broken, self._broken = self._broken, []  # rule 7; not earlier, since frames leave in the order of the actions
+            for link, reason in broken:
+                self._poll(link)
+                self._board.lost(link.peer, reason, time.monotonic_ns())
 
     def _flush(self, link: _Link) -> None:
+        if link.broken:
+            return
         try:
             while link.unsent:
                 self._send_some(link)
         except BlockingIOError:
             pass
         except OSError as error:
-            self._board.lost(link.peer, f"could not be written: {error.strerror}", time.monotonic_ns())
+            link.broken = True
+            self._broken.append((link, f"could not be written: {error.strerror}"))
             return
         if len(link.unsent) > self._limits.unsent_bytes:
             self._board.lost(link.peer, f"does not read: {len(link.unsent)} bytes are unsent", time.monotonic_ns())
