@@ -93,7 +93,14 @@ IMPOSSIBLE = {
     "a share of everything": (["serve", "/", "--name", "n"], "choose another one with --runtime-dir"),
     "a runtime directory that is a file": (["status", "--runtime-dir", "file"], "is a file"),
     "an unknown mode": (["mount", "n", "point", "--cache", "maybe"], "'maybe' is not one of"),
-    "writeback with access": (["mount", "n", "point", "--writeback"], "--writeback and --cache access exclude each other"),
+    "writeback with access": (
+        ["mount", "n", "point", "--cache", "access", "--writeback"], "--writeback and --cache access exclude each other",
+    ),
+    "writeback with what is usual": (["mount", "n", "point", "--writeback"], "--writeback and --cache strict exclude each other"),
+    "danger without grants": (
+        ["mount", "n", "point", "--cache", "access", "--live-dangerously", "ack-first"],
+        "--live-dangerously belongs to --cache prompt and strict, not to access",
+    ),
     "a timeout with none": (["mount", "n", "point", "--cache", "none", "--timeout", "1"], "--timeout belongs to --cache auto"),
     "a timeout with always": (["mount", "n", "point", "--cache", "always", "--timeout", "1"], "--timeout belongs to"),
     "a negative timeout": (["mount", "n", "point", "--cache", "auto", "--timeout", "-1"], "-1.0 is not in the range"),
