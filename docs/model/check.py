@@ -155,6 +155,18 @@ def line_of(found: Found) -> str:
     return f"{found.name:<24} {found.properties:<10} {found.states:>10}  {found.result}{verdict}"
 
 
+def record(results: list[Found]) -> None:
+    """Keep what results.txt says of other searches that are still in rows.txt."""
+    lines = [line.split() for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    texts = {(name, properties): line for line in lines for name, properties in [line[:2]]}
+    new = {(found.name, found.properties): line_of(found) for found in results}
+    with RESULTS.open("w") as file:
+        for search in read_rows(ROWS):
+            key = search.name, search.properties
+            if key in new or key in texts:
+                print(new.get(key) or f"{key[0]:<24} {key[1]:<10} {texts[key][2]:>10}  {texts[key][3]}", file=file)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default="", help="only rows of whose 'model name flags' this expression is found")
@@ -164,13 +176,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="only say which rows there are")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="leave counterexamples in this new directory")
-    parser.add_argument("--record", action="store_true", help="write results.txt anew; not with a selection")
+    parser.add_argument("--record", action="store_true", help="write the results to results.txt")
     parser.add_argument("--rows", type=Path, default=ROWS, metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error("--jobs: at least 1")
-    if arguments.record and (arguments.pattern or arguments.quick):
-        parser.error("--record: all rows or nothing")
     if arguments.keep is not None and arguments.keep.exists():
         parser.error(f"--keep: {arguments.keep} is there already")
     try:
@@ -231,7 +241,7 @@ def main() -> int:
         file=sys.stderr,
     )
     if arguments.record:
-        RESULTS.write_text("".join(f"{line_of(found)}\n" for found in results))
+        record(results)
     return 1 if wrong else 0
 
 

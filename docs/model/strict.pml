@@ -298,18 +298,27 @@ proctype Crash() {
 #endif
 
 /* ======================= the agent of guest 0 is killed, or its channel is cut ======================= */
+inline lose(g) {                /* D: its connection is gone, and it said no goodbye */
+#if defined(LOST_LEAVES) || defined(DEATH_LEAVES)       /* controls: D lets it go */
+  leave(g)
+#elif defined(IDLE_LEAVES)      /* D lets it go if it has no key, and owes no ack */
+  if :: !sharer[g] && ra[g] == rs[g] -> leave(g) :: else fi
+#else
+  skip
+#endif
+}
 #ifdef DIE
 proctype Killer() {
   if
   :: d_step { !glock[0] && wdone < NW -> dead[0] = true };
-#ifdef DEATH_LEAVES             /* control: D lets the guest go when the connection ends */
-     d_step { leave(0) }
-#elif defined(GOODBYE_FIRST)    /* control: the keeper says goodbye before the kernel is clean */
+#ifdef GOODBYE_FIRST    /* control: the keeper says goodbye before the kernel is clean */
      d_step { leave(0) };
      d_step { kernel_invalidate(0) }
 #elif defined(KEEPER)
      d_step { kernel_invalidate(0) };
      d_step { leave(0) }
+#else                           /* there is no keeper */
+     d_step { lose(0) }
 #endif
   :: wdone == NW
   fi
@@ -318,11 +327,7 @@ proctype Killer() {
 #ifdef CUT
 proctype Cutter() {
   if
-  :: d_step { !cut[0] && wdone < NW -> cut[0] = true;
-#ifdef LOST_LEAVES              /* control: D lets the guest go when the connection ends */
-       leave(0)
-#endif
-     }
+  :: d_step { !cut[0] && wdone < NW -> cut[0] = true; lose(0) }
   :: wdone == NW
   fi
 }
