@@ -171,8 +171,8 @@ def test_an_agent_that_had_granted_more_than_can_be_gone_through(directory: Path
         mount.ask("granted_up_to", 1 << 40)
         processes = processes_of(mount)
         mount.kill()
-        assert attempt(os.stat, mount.mountpoint / "f") in DEAD
         assert daemon.messages() == []
+        assert attempt(os.stat, mount.mountpoint / "f") in DEAD
         eventually(lambda: all_gone(processes))
 
 
