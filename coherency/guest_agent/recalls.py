@@ -57,8 +57,16 @@ class Helpers(Protocol):
 class Recalls:
     """What one mount takes back of its kernel. From any thread but one on which helpers' requests would wait."""
 
-    def __init__(self, grants: Grants, kernel: Kernel, helpers: Helpers, *, danger: str = "") -> None:
-        self.grants, self.danger = grants, danger
+    def __init__(
+        self,
+        grants: Grants,
+        kernel: Kernel,
+        helpers: Helpers,
+        *,
+        danger: str = "",
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.grants, self.danger, self._clock_ns = grants, danger, clock_ns
         self._kernel, self._helpers = kernel, helpers
         self._pages: queue.Queue[NodeId | None] = queue.Queue(_PAGES_WAITING)
         self._closing = False
@@ -119,7 +127,7 @@ class Recalls:
         while not self._forget(revoked):
             if given_up():
                 raise InterruptedError("interrupted while names are being dropped")
-            if time.monotonic_ns() > self.grants.lapses_ns:
+            if self._clock_ns() > self.grants.lapses_ns:
                 self.grants.dropped(revoked.names)
                 break
         if revoked.registered:

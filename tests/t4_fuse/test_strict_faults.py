@@ -42,8 +42,12 @@ def test_after_its_time_a_grant_is_renewed_without_asking_the_host(hasty: Host, 
         path = guest.path / file
         guest.warm(lambda: os.stat(path))
         counted, trips = guest.grants.statistics(), hasty.host_trips()
-        # The kernel asks again when the time is over, and is granted the same again.
-        until(lambda: os.stat(path) and guest.grants.statistics().granted_names > counted.granted_names)
+
+        def is_granted_anew() -> bool:
+            os.stat(path)
+            return guest.grants.statistics().granted_names > counted.granted_names
+
+        until(is_granted_anew)  # when the time is over the kernel asks again
         guest.warm(lambda: os.stat(path))
         assert hasty.host_trips() == trips
         assert guest.client.statistics().losses == 0
