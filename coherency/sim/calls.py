@@ -13,7 +13,7 @@ import errno
 import stat
 from typing import Final, NamedTuple
 
-from coherency.sim.names import Entry
+from coherency.sim.names import UNKNOWN, Entry
 
 ATTRIBUTE_DIRECTORY: Final = "a"
 KEPT_DIRECTORY: Final = "k"
@@ -164,6 +164,8 @@ def made_by(step: Step, ino: int | None) -> Entry:
 
 def inside_of(entry: Entry | None) -> Entry | None:
     """What lies at INSIDE in a directory of a tree, for the one who looks along its name."""
+    if entry is UNKNOWN:
+        return UNKNOWN
     return None if entry is None or entry.inside is None else Entry(stat.S_IFREG | INITIAL_MODE, entry.inside)
 
 

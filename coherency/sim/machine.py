@@ -37,16 +37,18 @@ from coherency.sim.calls import (
     Scene,
 )
 from coherency.sim.faults import DEFAULT_LEASE_NS, FAULTS, Fault, patience_ns
-from coherency.sim.history import mtime_ns
+from coherency.sim.history import Call, mtime_ns
 from coherency.sim.plots import prepare_plots
 from coherency.sim.relay import Relay
 from coherency.sim.verdict import AUTO_TIMEOUT_NS, GRANTING, PROMISES, Promise
 from coherency.sim.waits import Window
-from coherency.sim.worker import Orders
+from coherency.sim.worker import Orders, endless_call
 
 START_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 15.0
 RECOVERY_TIMEOUT_S: Final = 20.0
+ENDLESS_S: Final = 10.0
+"""A call that has not returned so long, and two leases, after everything else is over does not return."""
 _PROBE_EVERY_S: Final = 0.05
 _NAME: Final = "sim"
 _SECOND_NS: Final = 1_000_000_000
@@ -205,7 +207,7 @@ class Machine:
                 share=str(self.share),
                 groups=str(self._groups),
                 record=str(self._record(number)),
-                current=str(self.directory / f"worker{number}.current"),
+                current=str(self._current(number)),
                 guest=guest,
                 worker=number,
                 workers=total,
@@ -222,20 +224,24 @@ class Machine:
     def _record(self, number: int) -> Path:
         return self.directory / f"worker{number}.record"
 
-    def finish_workers(self) -> list[str]:
-        """Wait until all have ended; returns what is wrong with those that did not."""
-        wrong = []
-        deadline = time.monotonic() + self._recovery_s
-        for name, process in self.workers.items():
+    def finish_workers(self) -> tuple[list[str], list[Call]]:
+        """Wait until all have ended; returns what is wrong with those that did not, and the calls that do not return."""
+        wrong, endless = [], []
+        deadline = time.monotonic() + ENDLESS_S + 2 * self.setup.known_lease_ns / _SECOND_NS
+        for number, (name, process) in enumerate(self.workers.items()):
             try:
                 code = process.wait(max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
-                busy = (self.directory / f"{name}.current").read_text().strip()
-                wrong.append(f"{name}: a call did not return: {busy}")
+                call = endless_call(self._current(number), number // self.setup.workers, number)
+                endless.append(call)
+                wrong.append(f"a call of {name} does not return: {' '.join(map(str, call.step))}")
                 continue
             if code:
                 wrong.append(f"{name} ended with {code}:\n{self.logged(name)}")
-        return wrong
+        return wrong, endless
+
+    def _current(self, number: int) -> Path:
+        return self.directory / f"worker{number}.current"
 
     def records(self) -> list[Path]:
         return [path for number in range(len(self.workers)) if (path := self._record(number)).exists()]

@@ -71,9 +71,10 @@ def simulate(setup: Setup, seconds: float, faults: Sequence[str], tell: Callable
             wrong.append(str(error))
         while (left_ns := until_ns - time.monotonic_ns()) > 0:
             time.sleep(min(left_ns / _SECOND_NS, _SPAN_S))
-        wrong += machine.finish_workers()
+        stuck, endless = machine.finish_workers()
+        wrong += stuck
         tell("reading what the workers wrote down ...")
-        calls = list(itertools.chain.from_iterable(read_record(path) for path in machine.records()))
+        calls = [*itertools.chain.from_iterable(read_record(path) for path in machine.records()), *endless]
     return _judged(setup, seconds, calls, initial, windows, metronome.delays, wrong, origin_ns, tell)
 
 

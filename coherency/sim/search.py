@@ -3,7 +3,7 @@
 The registers that ``checker`` deals with need no search. Names that several workers create, move and remove at once are
 no such registers: a rename takes whatever is there. They are checked together, as one object whose *state* is small.
 
-An operation is a function from states to states, which has none to return for a state that it cannot have met. It took
+An operation is a function from a state to those that may follow it: none, if it cannot have met that one. It took
 effect at one instant between its start and its end. One that is not certain may take effect at any time after its
 start, or never.
 
@@ -17,7 +17,7 @@ the states and by the *changes* that are under way at once, not by the length of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 State: TypeAlias = Hashable
@@ -25,11 +25,11 @@ MAX_CONFIGURATIONS: Final = 100_000
 
 
 class Operation(NamedTuple):
-    """``effect(state)``: the state after it; None: it cannot have met that one."""
+    """``effect(state)``: the states that may be after it; none: it cannot have met that one."""
 
     start_ns: int
     end_ns: int
-    effect: Callable[[Any], State | None]
+    effect: Callable[[Any], Collection[State]]
     changes: bool  # False: the state after it is the same
     certain: bool = True
     tag: int = -1
@@ -132,12 +132,11 @@ def _ended(
         for each in changes:
             if each not in done:
                 then = operations[each].effect(state)
-                if then is not None:
-                    waiting.append(_with_looks(operations, (then, done | {each}), looks))
+                waiting += [_with_looks(operations, (after, done | {each}), looks) for after in then]
     return ended
 
 
 def _with_looks(operations: Sequence[Operation], configuration: _Configuration, looks: list[int]) -> _Configuration:
     state, done = configuration
-    more = [each for each in looks if each not in done and operations[each].effect(state) is not None]
+    more = [each for each in looks if each not in done and operations[each].effect(state)]
     return state, done.union(more) if more else done

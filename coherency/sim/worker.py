@@ -1,11 +1,13 @@
 """One worker of a simulated guest: a process that makes calls on the guest's mount and writes down what came of each.
 
 ``python -m coherency.sim.worker ORDERS`` with the orders as JSON. It ends by itself when its time is over. Each line of
-its record is one call; what it is busy with stands in a file of its own, for the day when a call does not return.
+its record is one call; what it is busy with stands in a file of its own, for the day when a call does not return. Such a
+call is a disturbed one that lasts until the end.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -32,7 +34,7 @@ from coherency.sim.calls import (
     made_by,
 )
 from coherency.sim.history import LOST, Call
-from coherency.sim.names import Entry
+from coherency.sim.names import UNKNOWN, Entry
 from coherency.sim.plots import Plots
 from coherency.sim.workload import Kept, Workload, after_kept
 
@@ -84,7 +86,7 @@ class Worker:
 
     def run(self) -> None:
         until_ns, looks = self.orders.until_ns, self.orders.looks
-        with open(self.orders.record, "w") as record:
+        with open(self.orders.record, "w", buffering=1) as record:  # complete, should a call not return
             turn = 0
             while time.monotonic_ns() < until_ns:
                 turn += 1
@@ -204,7 +206,7 @@ class Worker:
     def _make(self, step: Step) -> Call:
         orders = self.orders
         start_ns = time.monotonic_ns()
-        os.pwrite(self._current, f"{start_ns} {' '.join(map(str, step))}\n".ljust(_CURRENT_BYTES).encode(), 0)
+        os.pwrite(self._current, json.dumps([start_ns, step]).ljust(_CURRENT_BYTES).encode(), 0)
         start_ns = time.monotonic_ns()
         error, result = self._actions.make(step)
         end_ns = time.monotonic_ns()
@@ -226,6 +228,14 @@ def read_record(path: Path) -> Iterator[Call]:
         for line in lines:
             if line.endswith("\n"):
                 yield _call(*json.loads(line))
+
+
+def endless_call(current: Path, guest: int, worker: int) -> Call:
+    """What a worker is still busy with. What it knew of the names is not known here."""
+    start_ns, step = json.loads(current.read_text())
+    return Call(
+        guest, worker, start_ns, time.monotonic_ns(), Step(*step), errno.ETIMEDOUT, None, UNKNOWN, UNKNOWN, UNKNOWN
+    )  # fmt: skip
 
 
 def _call(

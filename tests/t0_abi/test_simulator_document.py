@@ -8,6 +8,7 @@ from coherency.cli_simulate import simulate_command
 from coherency.sim.calls import ANSWERS
 from coherency.sim.faults import DEFAULT_LEASE_NS, FAULTS, GROUPS
 from coherency.sim.litmus import DEFAULT_BOUND_S
+from coherency.sim.machine import ENDLESS_S, RECOVERY_TIMEOUT_S
 from coherency.sim.verdict import AUTO_TIMEOUT_NS, PROMISES
 from coherency.sim.waits import LONGEST_CALL_NS
 
@@ -32,6 +33,8 @@ def test_promises() -> None:
     assert sorted(modes) == sorted(PROMISES)
     assert f"the timeout ({AUTO_TIMEOUT_NS // 10**9} s)" in TEXT
     assert f"may take longer than {LONGEST_CALL_NS // 10**9} s" in TEXT
+    assert f"anything within {RECOVERY_TIMEOUT_S:g} s and two leases" in TEXT
+    assert f"has not returned {ENDLESS_S:g} s and two leases after" in TEXT
 
 
 def test_calls() -> None:

@@ -21,15 +21,15 @@ from coherency.sim.verdict import Promise, judge
 
 
 def write(start: int, end: int, value: int, *, certain: bool = True) -> Operation:
-    return Operation(start, end, lambda _: value, True, certain)
+    return Operation(start, end, lambda _: (value,), True, certain)
 
 
 def read(start: int, end: int, value: int) -> Operation:
-    return Operation(start, end, lambda state: state if state == value else None, False)
+    return Operation(start, end, lambda state: (state,) if state == value else (), False)
 
 
 def swap(start: int, end: int, old: int, new: int, *, certain: bool = True) -> Operation:
-    return Operation(start, end, lambda state: new if state == old else None, True, certain)
+    return Operation(start, end, lambda state: (new,) if state == old else (), True, certain)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,15 @@ def _ordered(left: list[Operation], state: Any) -> bool:
     for each in left:
         if any(other.certain and other.end_ns < each.start_ns for other in left):
             continue
-        then = each.effect(state)
-        if then is not None and _ordered([other for other in left if other is not each], then):
+        rest = [other for other in left if other is not each]
+        if any(_ordered(rest, then) for then in each.effect(state)):
             return True
     return False
+
+
+def either(start: int, end: int, old: int, new: int) -> Operation:
+    """Changes it, or not."""
+    return Operation(start, end, lambda state: (new, state) if state == old else (), True)
 
 
 @st.composite
@@ -100,11 +105,13 @@ def operations(draw: st.DrawFn) -> Operation:
     start, length = draw(st.integers(0, 14)), draw(st.integers(0, 7))
     certain = draw(st.sampled_from([True, True, True, False]))
     values = st.integers(0, 2)
-    match draw(st.sampled_from(["write", "read", "read", "swap"])):
+    match draw(st.sampled_from(["write", "read", "read", "swap", "either"])):
         case "write":
             return write(start, start + length, draw(values), certain=certain)
         case "read":
             return read(start, start + length, draw(values))
+        case "either":
+            return either(start, start + length, draw(values), draw(values))
         case _:
             return swap(start, start + length, draw(values), draw(values), certain=certain)
 
@@ -159,6 +166,9 @@ LINKED = call(0, 1, "symlink", B, "there", made=LINK)
         [MADE, LINKED, call(2, 9, "rename-exchange", A, B), call(2, 9, "rename", B, A), call(10, 11, "lstat", A, result=[7, FILE.mode])],
         # Two that remove, of which one is late.
         [MADE, call(2, 9, "unlink"), call(2, 9, "unlink", error=errno.ENOENT)],
+        # A kernel that finds, one after the other, the same file under both names does nothing.
+        [MADE, call(2, 9, "rename", A, B), call(2, 9, "rename", A, B), call(10, 11, "lstat", B, result=[7, FILE.mode])],
+        [MADE, LINKED, call(2, 9, "rename-exchange", A, B), call(2, 9, "rename", B, A), call(10, 11, "readlink", A, result="there")],
         # What was disturbed may have happened.
         [MADE, call(2, 3, "unlink", error=errno.EIO), call(4, 5, "lstat", error=errno.ENOENT)],
         [MADE, call(2, 3, "unlink", error=errno.EIO), call(4, 5, "lstat", result=[7, FILE.mode])],
@@ -179,14 +189,16 @@ def test_right_races_pass(calls: list[Call]) -> None:
         [MADE, call(2, 3, "rename", A, B), call(4, 5, "exists", A, result=True)],
         [MADE, call(2, 9, "rename", A, B), call(3, 4, "lstat", B, result=[7, FILE.mode]), call(5, 6, "lstat", A, result=[7, FILE.mode])],
         [MADE, call(2, 9, "rename", A, B), call(3, 4, "lstat", A, error=errno.ENOENT), call(5, 6, "lstat", B, error=errno.ENOENT)],
+        # Nobody renamed anything at that time: it must have been done.
+        [MADE, LINKED, *(call(each, each + 1, "rename-exchange", A, B) for each in (2, 4)), call(6, 7, "readlink", A, result="there")],
         # Twice removed, twice made, replaced though it should not be.
         [MADE, call(2, 9, "unlink"), call(2, 9, "unlink")],
         [MADE, call(2, 3, "create", made=FILE)],
         [MADE, LINKED, call(2, 3, "rename-noreplace", A, B)],
         # New, and then old.
         [MADE, call(2, 9, "unlink"), call(3, 4, "exists", error=errno.ENOENT), call(5, 6, "exists", result=True)],
-        # The link is gone: the exchange found both names, so the rename came after it.
-        [MADE, LINKED, call(2, 9, "rename-exchange", A, B), call(2, 9, "rename", B, A), call(10, 11, "readlink", A, result="there")],
+        # The link is gone: the exchange found both names, so the rename came after it, and was not looking meanwhile.
+        [MADE, LINKED, call(2, 9, "rename-exchange", A, B), call(10, 11, "rename", B, A), call(12, 13, "readlink", A, result="there")],
         # Exchanged for one, and not for the other.
         [MADE, LINKED, call(2, 3, "rename-exchange", A, B), call(4, 5, "readlink", B, result="there")],
         # A refusal that nothing explains.
