@@ -28,6 +28,7 @@ from coherency.ids import HostInode
 from coherency.protocol import (
     Hello,
     Invalidated,
+    Message,
     Refusal,
     RefusalCode,
     Statistics,
@@ -177,6 +178,56 @@ def test_a_client_finds_the_next_daemon_by_itself(socket_dir: Path) -> None:
             assert [each["answered"] for each in client.request_status()["guests"]] == [True]
             client.check()
         assert client.statistics()[1:3] == (4, 3)
+
+
+class Bookkeeper:
+    """A grantor that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.clean = threading.Event()
+        self.asked_for_clean = threading.Event()
+
+    def joined(self, welcome: Welcome, asked_at_ns: int, channel: Channel) -> None:
+        self.events.append("joined")
+
+    def handle(self, message: Message) -> str | None:
+        self.events.append(type(message).__name__)
+        return None
+
+    def tend(self) -> str | None:
+        return None
+
+    def lost(self) -> None:
+        self.events.append("lost")
+
+    def is_clean(self) -> bool:
+        self.asked_for_clean.set()
+        return self.clean.is_set()
+
+
+@pytest.mark.expected_logs("lost the daemon", "hung up without a goodbye")
+def test_the_next_hello_waits_until_the_guest_is_clean_and_names_the_session_before(socket_dir: Path) -> None:
+    keeper, told = Bookkeeper(), Told()
+    with ControlDaemon(socket_dir, "share-1") as daemon:
+        told.client = client = Client.connect(
+            socket_dir, "share-1", guest_name="g", mode="strict", statistics=lambda: COUNTERS, reconnect=True,
+            on_connected=told.connected, grantor=keeper, patience=EAGER,
+        )  # fmt: skip
+        with client:
+            session = client.welcome.session
+            assert client._channel is not None
+            client._channel.hang_up()
+            assert keeper.asked_for_clean.wait(20)
+            assert client.state is LinkState.LOST
+            assert keeper.events == ["joined", "lost"]
+            assert [former for former, _ in daemon.journal.accounted] == [0]
+            keeper.clean.set()
+            until(lambda: keeper.events == ["joined", "lost", "joined"])
+            assert told.events == ["connected"]
+            assert [former for former, _ in daemon.journal.accounted] == [0, session]
+            assert client.welcome.session != session
+        assert keeper.events[-1] == "lost", "closing, too"
 
 
 @pytest.mark.expected_logs("lost the daemon")
