@@ -110,3 +110,18 @@ def _ask(path: str | os.PathLike[str]) -> int:
     except OSError as error:
         return error.errno or errno.EIO
     return 0
+
+
+def send_dirty_pages(mountpoint: str) -> None:
+    """The kernel sends what it has not written yet. It does not wait for the answers of a FUSE server (measured on 6.18.44).
+
+    Nothing happens if the mount cannot be opened any more. `OSError` if the kernel reports an error.
+    """
+    try:
+        root = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        syscalls.syncfs(root)
+    finally:
+        os.close(root)

@@ -24,6 +24,10 @@ class Notifications:
         self.init_flags = InitFlag(0)
         self._device = device
 
+    def duplicate_device(self) -> int:
+        """A descriptor of the connection, the caller's to close, for who must outlive this process."""
+        return os.dup(self._device)
+
     def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
         """The kernel forgets the attributes of ``node``, from offset 0 on its pages too. False: it does not know the node.
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from coherency.errors import FuseProtocolError, MountError
 from coherency.fuse import abi, codec, replies, syscalls
 from coherency.fuse.abi import InitFlag, Opcode
 from coherency.fuse.codec import Request
-from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mount_at
+from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mount_at, send_dirty_pages
 from coherency.fuse.notifications import Notifications
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ _INTERRUPT: Final = int(Opcode.INTERRUPT)
 _DESTROY: Final = int(Opcode.DESTROY)
 _COPY_BELOW_BYTES: Final = 4096  # a reply is put together in one piece below this size, and written in pieces above
 _NOTHING_READ: Final = (errno.ENOENT, errno.EINTR, errno.EAGAIN)  # ENOENT: the request was withdrawn
+_QUIET_LOOKS: Final = 5
+_LOOK_AGAIN_S: Final = 0.005
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF)
 _ALWAYS_WANTED: Final = (
     InitFlag.ASYNC_READ | InitFlag.ATOMIC_O_TRUNC | InitFlag.BIG_WRITES | InitFlag.DONT_MASK | InitFlag.AUTO_INVAL_DATA
@@ -214,15 +217,20 @@ class Session(Notifications):
 
     def _flush_dirty_pages(self) -> None:
         try:
-            root = os.open(self.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            return
-        try:
-            syscalls.syncfs(root)
+            send_dirty_pages(self.mountpoint)
         except OSError as error:
             log.warning("dirty pages of %s could not be written: %s", self.mountpoint, error)
-        finally:
-            os.close(root)
+        self._wait_for_writes()
+
+    def _wait_for_writes(self) -> None:
+        # One that a thread has read, and not noted yet, shows neither in the device nor in our list: hence several looks.
+        device, quiet = select.poll(), 0
+        device.register(self._device, select.POLLIN)
+        while quiet < _QUIET_LOOKS:
+            writing = any(request.opcode == Opcode.WRITE for request in self.unanswered())
+            quiet = 0 if writing or device.poll(0) else quiet + 1
+            if self._over.wait(_LOOK_AGAIN_S):
+                return
 
     def _detach(self) -> bool:
         """False: the mount stays, since another one lies on it."""
@@ -419,10 +427,6 @@ class Session(Notifications):
             target.on_interrupt()
 
     # ---- inspection ----
-
-    def duplicate_device(self) -> int:
-        """A descriptor of the connection, the caller's to close, for who must outlive this process."""
-        return os.dup(self._device)
 
     def unanswered(self) -> Sequence[Request]:
         """The requests whose operations run now. Who is in two such lists has not been answered in between."""
