@@ -18,7 +18,7 @@ from coherency.fuse.abi import Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.nodes import Node
 from coherency.fuse.passthrough import Passthrough, sized
-from coherency.fuse.session import Deferred, QuickOperation, Reply
+from coherency.fuse.session import Deferred, Operation, QuickOperation, Reply
 from coherency.fuse.tree import OpenFile
 from coherency.guest_agent.cache import UserCache
 from coherency.ids import HostInode
@@ -53,6 +53,10 @@ class CachingFileSystem(Passthrough):
         super().__init__(lower, descriptor_limit=descriptor_limit)
         self.cache = cache
         self.answered_here = 0  # requests that needed nothing of the lower directory; counted like cache.Counters
+
+    @property
+    def operations(self) -> Mapping[int, Operation]:
+        return {opcode: _unless_interrupted(operation) for opcode, operation in super().operations.items()}
 
     # ---- from memory, without further ado: what these do not know goes the ordinary way ----
 
@@ -352,3 +356,20 @@ class CachingFileSystem(Passthrough):
 
 def _reply(answer: bytes | Deferred) -> Reply | Deferred:
     return answer if isinstance(answer, Deferred) else (answer,)
+
+
+def _unless_interrupted(operation: Operation) -> Operation:
+    """Begins anew after an EINTR that is about this process, not about the caller: it was stopped, and goes on.
+
+    The daemon says EINTR instead of making a change, never after it: so nothing is done twice.
+    """
+
+    def begin_anew(request: Request) -> Reply | Deferred:
+        while True:
+            try:
+                return operation(request)
+            except InterruptedError:
+                if request.interrupted:
+                    raise
+
+    return begin_anew
