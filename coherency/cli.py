@@ -321,7 +321,7 @@ def invalidate_command(name: str, runtime_dir: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--live-dangerously", is_flag=True, help="Switch the bumps off, and see what stale looks like.")
+@click.option("--live-dangerously", is_flag=True, help="Switch the recalls off, and see what stale looks like.")
 @json_option
 def demo(live_dangerously: bool, as_json: bool) -> None:
     """Serve a copy of Python's standard library to two guests, change files in one, and watch the other.
@@ -344,7 +344,7 @@ def demo(live_dangerously: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"stale": stale, "steps": [dataclasses.asdict(step) for step in steps]}, indent=2))
     if live_dangerously:
-        console.print(f"\n[bold red]{stale} stale answers[/bold red]: this is what the bumps are for.")
+        console.print(f"\n[bold red]{stale} stale answers[/bold red]: this is what the recalls are for.")
         sys.exit(0 if stale else 1)
     console.print(
         f"\n[bold red]{stale} stale answers: this must not happen, please report it[/bold red]" if stale

@@ -64,8 +64,8 @@ class Demo:
         library = sysconfig.get_paths()["stdlib"]
         tell(f"copying {library} ...")
         shutil.copytree(library, self._share, symlinks=True, ignore=_SKIPPED)
-        tell("starting one daemon and two guests (--cache access) ...")
-        flags = ["--live-dangerously", "no-bumps"] if self._live_dangerously else []
+        tell("starting one daemon and two guests (--cache strict) ...")
+        flags = ["--live-dangerously", "no-recalls"] if self._live_dangerously else []
         self._spawn("serve", str(self._share), "--name", _NAME, *flags)
         a, b = (self._mount(name) for name in ("guest-a", "guest-b"))
 
@@ -99,7 +99,7 @@ class Demo:
     def _mount(self, name: str) -> Path:
         mountpoint = self._directory / name
         mountpoint.mkdir()
-        self._spawn("mount", _NAME, str(mountpoint), "--cache", "access", "--guest", name)
+        self._spawn("mount", _NAME, str(mountpoint), "--cache", "strict", "--guest", name)
         return mountpoint
 
     def _requests(self) -> int:

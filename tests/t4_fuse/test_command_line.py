@@ -384,7 +384,7 @@ def test_demo(socket_dir: Path) -> None:
     assert "No stale answer." in done.stderr
 
 
-def test_demo_without_bumps(socket_dir: Path) -> None:
+def test_demo_without_recalls(socket_dir: Path) -> None:
     done = demo(socket_dir, "--live-dangerously")
     report = json.loads(done.stdout)
     assert done.returncode == 0, "it has shown what it was to show"
