@@ -27,7 +27,7 @@ from coherency.ids import Epoch, GrantKey
 from coherency.protocol import Ack, Confirm, Hello, Recall, Register, Release, Renew, Renewed
 
 GRANTING_MODES: Final = ("prompt", "strict")
-_MAX_RENEWALS: Final = 16
+MAX_RENEWALS: Final = 16
 OfGrants = Register | Release | Ack | Renew
 
 
@@ -70,7 +70,7 @@ class _Holder:
     uid: int
     peer: PeerId | None
     renewals: deque[_Renewal] = field(default_factory=deque)
-    """Oldest first, `_MAX_RENEWALS` at most: what comes beyond is forgotten."""
+    """Oldest first, `MAX_RENEWALS` at most: what comes beyond is forgotten."""
 
 
 class Leasing:
@@ -159,7 +159,7 @@ class Leasing:
             return None
         if isinstance(message, Ack):
             self._ledger.ack(peer.session, message.serial)
-        elif len(holder.renewals) < _MAX_RENEWALS:
+        elif len(holder.renewals) < MAX_RENEWALS:
             holder.renewals.append(_Renewal(message.serial, now_ns, self._ledger.books(peer.session).recalls))
         renewed = None
         while holder.renewals:

@@ -56,7 +56,8 @@ def fetch_status(runtime_root: Path, name: str, *, patience: Patience | None = N
 def invalidate(runtime_root: Path, name: str, *, patience: Patience | None = None) -> Epoch:
     """Make the daemon of `name` begin a new epoch, so that every guest distrusts all that it has.  Returns the epoch.
 
-    Waits until the kernels of guests have forgotten, too, which takes one lease if one of them does not answer.  Raises like `fetch_status`; `Refused` if this user is neither root nor the daemon's.
+    Waits until the kernels of guests have forgotten, too, which takes one lease if one of them does not answer.
+    Raises like `fetch_status`; `Refused` if this user is neither root nor the daemon's.
     """
     patience = patience or Patience()
     began_ns = time.monotonic_ns()

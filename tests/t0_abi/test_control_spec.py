@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from coherency import protocol, rendezvous
+from coherency import leases, protocol, rendezvous
+from coherency.daemon.leasing import MAX_RENEWALS
 from coherency.daemon.peer_states import TRANSITIONS, PeerEvent, PeerState
 from coherency.daemon.runtime import DIRECTORY_MODE
 from coherency.daemon.server import SOCKET_MODE
@@ -180,6 +181,17 @@ def test_limits(heading: str, defaults: Limits | Patience) -> None:
     suffix = {"nanoseconds": "_ns", "bytes": "_bytes", "connections": ""}
     specified = {row["limit"] + suffix[row["unit"].split(" ")[0]]: int(row["value"]) for row in table(heading, "limit")}
     assert specified == {field.name: getattr(defaults, field.name) for field in fields(defaults)}
+
+
+def test_limits_of_grants() -> None:
+    assert {row["limit"]: int(row["value"]) for row in table("8. Grants", "limit")} == {
+        "default_lease": leases.DEFAULT_LEASE_NS,
+        "shortest_lease": leases.SHORTEST_LEASE_NS,
+        "longest_lease": leases.LONGEST_LEASE_NS,
+        "max_keys_per_message": leases.MAX_KEYS_PER_MESSAGE,
+        "max_keys_per_guest": leases.MAX_KEYS_PER_GUEST,
+        "renewals": MAX_RENEWALS,
+    }
 
 
 def test_negative_control_the_comparison_sees_a_change() -> None:
