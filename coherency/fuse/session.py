@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import select
 import threading
@@ -279,7 +280,7 @@ class Session(Notifications):
     def _serve(self) -> None:
         device, lock = self._device, self._lock
         try:
-            buffer = bytearray(MAX_WRITE_BYTES + 4096)
+            buffer = mmap.mmap(-1, MAX_WRITE_BYTES + 4096)  # takes as much memory as the longest request that came
             view, buffers = memoryview(buffer), [buffer]
             while True:
                 try:
