@@ -35,7 +35,7 @@ _SEEDS: Final = 1_000_000
 )
 @click.option("--seed", type=int, help="Decides who does what, and which faults happen when. [default: a new one]")
 @click.option(
-    "--cache", type=click.Choice(tuple(PROMISES)), default="access", show_default=True, help="The mode of the mounts."
+    "--cache", type=click.Choice(tuple(PROMISES)), default="strict", show_default=True, help="The mode of the mounts."
 )
 @click.option(
     "--faults", default="none", show_default=True, help=f"all, none, or a list of: {', '.join((*GROUPS, *FAULTS))}."
@@ -75,7 +75,7 @@ def simulate_command(
     coherency simulate --guests 4 --seconds 60 --seed 7 --faults all
     coherency simulate --cache auto --faults stop,kill-daemon --json
     coherency simulate --workload same-directory --seconds 60
-    coherency simulate --live-dangerously no-bumps          # see it find what is wrong
+    coherency simulate --live-dangerously no-recalls        # see it find what is wrong
     """
     seed = secrets.randbelow(_SEEDS) if seed is None else seed
     with errors_as_messages():

@@ -129,7 +129,8 @@ _CALLS: Final[dict[str, Callable[[str, str, str, int], Any]]] = {
     "setxattr": lambda _m, path, _, number: os.setxattr(path, XATTR, b"%d" % number),
     "removexattr": lambda _m, path, *_: os.removexattr(path, XATTR),
     "create": lambda _m, path, _, number: _opened(path, _CREATE | os.O_EXCL, number),
-    "open-create": lambda _m, path, _, number: _opened(path, _CREATE, number),
+    # Not to wait for a reader, should a kernel believe in the FIFO that was there before.
+    "open-create": lambda _m, path, _, number: _opened(path, _CREATE | os.O_NONBLOCK, number),
     "mkdir": lambda _m, path, _, number: os.mkdir(path, number),
     "mknod": lambda _m, path, _, number: os.mknod(path, stat.S_IFIFO | number),
     "symlink": lambda _m, path, other, _: os.symlink(other, path),

@@ -72,7 +72,7 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "daemon": ("kill-daemon", "kill-daemon-unnoticed", "restart-daemon", "stop-daemon"),
 }
 CHANNEL_FAULTS: Final = frozenset({*GROUPS["cut"], *GROUPS["slow"]})
-_PAUSE_MS: Final = (200, 2000)
+_PAUSE: Final = (0.1, 1)  # in leases, like the length of a fault
 _DELAY_MS: Final = (5, 400)
 
 
@@ -118,7 +118,7 @@ def fault_sequence(
             guest = random.randrange(guests) if kind.of_guest else None
             hold_ns = round(random.uniform(*kind.hold) * lease_ns)
             delay_ns = random.randint(*_DELAY_MS) * _MS if name in GROUPS["slow"] else 0
-            yield Fault(name, guest, random.randint(*_PAUSE_MS) * _MS, hold_ns, delay_ns)
+            yield Fault(name, guest, round(random.uniform(*_PAUSE) * lease_ns), hold_ns, delay_ns)
 
 
 def patience_ns(fault: Fault, lease_ns: int, callers: int) -> tuple[int, int]:

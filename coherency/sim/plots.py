@@ -1,7 +1,8 @@
 """What the workers of all guests know together of the groups, in a directory that has nothing to do with the share.
 
 The file of a group holds its generation and what it is like, and is read and written under flock by whoever changes the
-group. ``generations`` has a word per group, for those who only look, and for races, which nobody locks.
+group. ``words`` has the generation of each group, for those who only look, and for races, which nobody locks; and what somebody is
+about to change, so that others look at it meanwhile.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from coherency.sim.calls import KEPT, Group, Names, Scene
+from coherency.sim.calls import ATTRIBUTE_FILES, KEPT, Group, Names, Scene
 from coherency.sim.names import Entry
 from coherency.sim.workload import Kept
 
-_GENERATIONS_FILE: Final = "generations"
+_WORDS_FILE: Final = "words"
 _WORD_BYTES: Final = 8
 _READ_BYTES: Final = 1 << 16
 
@@ -29,7 +30,7 @@ def prepare_plots(directory: Path, scene: Scene) -> None:
     groups = scene.groups()
     for group in groups:
         (directory / str(group)).write_text(json.dumps([0, None]))
-    (directory / _GENERATIONS_FILE).write_bytes(bytes(_WORD_BYTES * len(groups)))
+    (directory / _WORDS_FILE).write_bytes(bytes(_WORD_BYTES * (len(groups) + 1)))
 
 
 class Plots:
@@ -38,12 +39,26 @@ class Plots:
     def __init__(self, directory: Path, scene: Scene) -> None:
         self._scene, self._groups = scene, scene.groups()
         self._files = {group: os.open(directory / str(group), os.O_RDWR | os.O_CLOEXEC) for group in self._groups}
-        with open(directory / _GENERATIONS_FILE, "r+b") as file:
-            self._words = memoryview(mmap.mmap(file.fileno(), _WORD_BYTES * len(self._groups))).cast("Q")
+        with open(directory / _WORDS_FILE, "r+b") as file:
+            self._words = memoryview(mmap.mmap(file.fileno(), _WORD_BYTES * (len(self._groups) + 1))).cast("Q")
+        self._places: list[Group | str] = [*self._groups, *ATTRIBUTE_FILES]
 
     def generations(self) -> dict[Group, int]:
         """Those in use."""
-        return dict(zip(self._groups, self._words.tolist(), strict=True))
+        return dict(zip(self._groups, self._words.tolist(), strict=False))
+
+    def announce(self, place: Group | str) -> None:
+        """This group, or attribute file, is about to be changed."""
+        self._words[-1] = (self._words[-1] // len(self._places) + 1) * len(self._places) + self._places.index(place)
+
+    @property
+    def news(self) -> int:
+        """Another number after each ``announce``, but for some that come at once."""
+        return self._words[-1]
+
+    def announced(self) -> Group | str:
+        """What was announced last."""
+        return self._places[self._words[-1] % len(self._places)]
 
     @contextlib.contextmanager
     def locked(self, group: Group) -> Iterator[tuple[int, Kept | Names] | None]:

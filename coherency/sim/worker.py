@@ -43,7 +43,9 @@ _CURRENT_BYTES: Final = 256
 _PAUSE_AFTER_ERROR_S: Final = 0.01
 # Looks that a kernel answers take microseconds. So many of them at full speed; then the processors are for others.
 _LOOKS_AT_ONCE: Final = 20
-_REST_S: Final = 0.02
+_REST_S: Final = 0.005
+_WAIT_NS: Final = 15_000_000
+_POLL_S: Final = 0.0005
 
 
 @dataclass(frozen=True)
@@ -91,21 +93,35 @@ class Worker:
             while time.monotonic_ns() < until_ns:
                 turn += 1
                 if looks >= _LOOKS_AT_ONCE and turn % _LOOKS_AT_ONCE == 0:
-                    time.sleep(_REST_S)
-                call = self._change() if turn % (looks + 1) == 0 else self._look()
+                    self._rest()
+                call = self._change() if turn % (looks + 1) == 0 else self._look(turn)
                 if call is None:
                     continue
                 record.write(json.dumps(call) + "\n")
                 if call.is_disturbed:
                     time.sleep(_PAUSE_AFTER_ERROR_S)
 
-    def _look(self) -> Call:
-        return self._make(self._workload.look(self._plots.generations()))
+    def _rest(self) -> None:
+        """Let others have the processors; then until something is about to be changed, or for a while."""
+        time.sleep(_REST_S)
+        news, until_ns = self._plots.news, time.monotonic_ns() + _WAIT_NS
+        while self._plots.news == news and time.monotonic_ns() < until_ns:
+            time.sleep(_POLL_S)
+
+    def _look(self, turn: int) -> Call:
+        """Every other look is at what is being changed."""
+        generations = self._plots.generations()
+        if turn % 2:
+            return self._make(self._workload.look_at(self._plots.announced(), generations))
+        return self._make(self._workload.look(generations))
 
     def _change(self) -> Call | None:
         group = self._workload.pick_group()
         if group is None:
-            return self._make(self._workload.change_attribute())
+            step = self._workload.change_attribute()
+            self._plots.announce(step.path)
+            return self._make(step)
+        self._plots.announce(group)
         if group.kind == RACE:
             return self._race(group)
         with self._plots.locked(group) as held:

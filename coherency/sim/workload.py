@@ -222,10 +222,16 @@ class Workload:
 
     def look(self, generations: Mapping[Group, int]) -> Step:
         """A look at an attribute file, or at something of a group in its present generation."""
-        random = self._random
         if self._scene.has_attribute_files and self.chance(_ATTRIBUTE_CHANGES):
-            return self._look(random.choice(ATTRIBUTE_FILES), _WEIGHTS_ATTRIBUTE)
-        group = random.choice(self._groups)
+            return self.look_at(self._random.choice(ATTRIBUTE_FILES), generations)
+        return self.look_at(self._random.choice(self._groups), generations)
+
+    def look_at(self, place: Group | str, generations: Mapping[Group, int]) -> Step:
+        """A look at this group, or at this attribute file."""
+        random = self._random
+        if isinstance(place, str):
+            return self._look(place, _WEIGHTS_ATTRIBUTE)
+        group = place
         generation = generations[group]
         names = self._scene.names_of(group, generation)
         if group.kind == KEPT:

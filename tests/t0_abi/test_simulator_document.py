@@ -8,7 +8,7 @@ from coherency.cli_simulate import simulate_command
 from coherency.sim.calls import ANSWERS
 from coherency.sim.faults import DEFAULT_LEASE_NS, FAULTS, GROUPS
 from coherency.sim.litmus import DEFAULT_BOUND_S
-from coherency.sim.machine import ENDLESS_S, RECOVERY_TIMEOUT_S
+from coherency.sim.machine import ENDLESS_S, MOUNT_DANGEROUSLY, RECOVERY_TIMEOUT_S, SERVE_DANGEROUSLY
 from coherency.sim.verdict import AUTO_TIMEOUT_NS, PROMISES
 from coherency.sim.waits import LONGEST_CALL_NS
 
@@ -48,4 +48,6 @@ def test_options() -> None:
     known = {option for command in (simulate_command, check_command) for each in command.params for option in each.opts}
     used = {word for line in re.findall(r"^    coherency .*|`--[a-z-]+", TEXT, re.MULTILINE) for word in re.findall(r"--[a-z-]+", line)}
     assert used <= known | {"--timeout"}
+    dangers = re.findall(r"`([\w-]+)`", TEXT.partition("`--live-dangerously` leaves")[2].partition("\n#")[0])
+    assert set(dangers) == {*SERVE_DANGEROUSLY, *MOUNT_DANGEROUSLY}
     assert f"`--bound` ({DEFAULT_BOUND_S:g} s)" in TEXT

@@ -539,6 +539,21 @@ def test_kept_files_are_changed_in_all_ways() -> None:
     assert ops == {"create", *sizes, "setxattr", "removexattr", "fchmod", "link", "unlink"}
 
 
+def test_looks_are_at_what_is_being_changed() -> None:
+    workload = a_workload("8")
+    places: list[Group | str] = [*SCENE.groups(), *ATTRIBUTE_FILES]
+    for place in places:
+        for _ in range(50):
+            step = workload.look_at(place, GENERATIONS)
+            directories = {path.partition("/")[0] for path in (SIZED, *SCENE.names_of(SCENE.groups()[0], 0))}
+            if step.op == "listdir":
+                assert step.path in directories
+            elif isinstance(place, str):
+                assert step.path == place
+            else:
+                assert kind_of(step.path) == place.kind
+
+
 def test_every_change_and_every_look_is_chosen() -> None:
     workload = a_workload("6")
     looks = [workload.look(GENERATIONS) for _ in range(3000)]
