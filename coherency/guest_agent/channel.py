@@ -6,6 +6,7 @@ Every wait ends: with the answer, at its deadline, when the daemon hangs up, or 
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import select
 import socket
@@ -109,11 +110,12 @@ class Channel:
         return self._sock.fileno()
 
     def ask(self, question: Message) -> None:
-        """Send the first message of a connection.  Raises `DaemonUnavailable` if it does not get through."""
-        try:
+        """Send the first message of a connection.  If it does not get through, `answer` tells why.
+
+        A daemon that takes nobody any more says so and hangs up, without waiting for a question.
+        """
+        with contextlib.suppress(ConnectionError):
             self.send(question)
-        except ConnectionError as error:
-            raise DaemonUnavailable(self._name, str(error)) from error
 
     def receive(self, deadline_ns: int, *, with_descriptors: bool = False) -> list[Message]:
         """What has arrived, waiting for it until the deadline; an empty list then.
