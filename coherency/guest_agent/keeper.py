@@ -8,8 +8,11 @@ the dead mount harmless. Rules:
 2. Both take orders from the agent's end of one socket pair each, which no other process has.
 3. A helper dies with the keeper. The keeper ends when it is told to, or when the agent is dead: then it first takes from the
    kernel what that was allowed to keep, says goodbye in the agent's name, and ends the connection.
-4. The keeper reaps a helper only when the agent has struck it off, so that no other process gets its number before.
-5. Nothing here waits for the agent, except for orders.
+4. A dying agent is dead: killed, some of its threads may hang in system calls on the lower directory until a change is over
+   that waits for this very guest. So the keeper does not wait for the end of the process, but for that of the thread that
+   started it, whose signal it gets (PR_SET_PDEATHSIG), and then looks whether the process has become a zombie.
+5. The keeper reaps a helper only when the agent has struck it off, so that no other process gets its number before.
+6. Nothing here waits for the agent, except for orders.
 
 Only the standard library, and little of it: this starts with every mount.
 """
@@ -38,6 +41,10 @@ MAX_ORDER_BYTES: Final = 4096
 _REAP_TIMEOUT_MS: Final = 100
 _CLEANING_NS: Final = 2_000_000_000  # callers wait meanwhile; enough for half a million nodes
 _NODES_AT_ONCE: Final = 256
+_PARENT_ENDS: Final = signal.SIGUSR1
+_ALARMS_AT_ONCE: Final = 4096
+_ZOMBIE_LOOKS: Final = 50
+_ZOMBIE_LOOK_S: Final = 0.001
 
 # Orders of the agent, and what the keeper tells: one letter, then what stands behind it.
 FORK: Final = b"F"  # order.pack(slot)
@@ -179,7 +186,12 @@ class Keeper:
         self._goodbye = b""
         self._poll = select.poll()
         self._poll.register(orders, select.POLLIN)
-        self._agent = -1
+        self._alarm, alarming = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(alarming, warn_on_full_buffer=False)
+        signal.signal(_PARENT_ENDS, _do_nothing)
+        syscalls.die_with_parent(_PARENT_ENDS)
+        self._poll.register(self._alarm, select.POLLIN)
+        self._agent, self._agent_pid = -1, agent
         if os.getppid() == agent:  # else it is dead already, and so is the other end of the socket
             self._agent = os.pidfd_open(agent)
             self._poll.register(self._agent, select.POLLIN)
@@ -199,7 +211,7 @@ class Keeper:
                     self._bury()
                     break
                 self._obey(message[:1], message[1:], descriptors)
-            elif self._agent in ready:  # and has left no more orders
+            elif self._agent in ready or (self._alarm in ready and self._agent_is_dying()):  # and has left no more orders
                 self._bury()
                 break
             for pid in [pid for pid, fd in self._children.items() if fd in ready]:
@@ -207,6 +219,15 @@ class Keeper:
                 self._tell(DIED + order.pack(pid))
         self._kill_helpers()
         self._reap_helpers()
+
+    def _agent_is_dying(self) -> bool:
+        """Rule 4. The signal comes a little before the zombie; it comes also when only the thread has ended."""
+        os.read(self._alarm, _ALARMS_AT_ONCE)
+        for _ in range(_ZOMBIE_LOOKS):
+            if self._agent < 0 or _is_zombie(self._agent_pid):
+                return True
+            time.sleep(_ZOMBIE_LOOK_S)
+        return False
 
     def _obey(self, kind: bytes, rest: bytes, descriptors: list[int]) -> None:
         if kind == FORK:
@@ -243,6 +264,7 @@ class Keeper:
 
     def _become_helper(self, orders: socket.socket, slot: int) -> None:
         keeper = os.getppid()
+        signal.set_wakeup_fd(-1)
         syscalls.die_with_parent(signal.SIGKILL)
         if os.getppid() != keeper:
             return  # it has died before
@@ -288,6 +310,19 @@ class Keeper:
         for pid, fd in self._children.items():
             if _is_readable(fd, _REAP_TIMEOUT_MS):
                 os.waitpid(pid, 0)
+
+
+def _do_nothing(_number: int, _frame: object) -> None:
+    """The wake-up descriptor says it."""
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether the first thread of the process has ended; nobody but us would have reaped the agent before its pidfd says so."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except OSError:
+        return True
 
 
 def _attempt(function: Callable[..., object], *arguments: object) -> None:

@@ -304,7 +304,8 @@ def test_they_have_nothing_that_is_not_theirs(directory: Path, daemon: Daemon) -
             eventually(lambda: [target.split(":")[0] for target in descriptors(pid)] == ["socket"])  # noqa: B023
         assert os.readlink(f"/proc/{keeper}/cwd") == "/"
         mine = sorted(target.split(":")[0] for target in descriptors(keeper)[3:])
-        assert mine == ["/dev/fuse", "/memfd", *["anon_inode"] * (1 + SIZE), "socket", "socket"]  # processes, orders, channel
+        assert mine == ["/dev/fuse", "/memfd", *["anon_inode"] * (1 + SIZE), *["pipe"] * 2, "socket", "socket"]
+        # Processes, the alarm, orders, channel.
         assert len(os.listdir(f"/proc/{keeper}/task")) == 1
 
 
