@@ -38,8 +38,11 @@ _RENAME_EXCHANGE: Final = 1 << 1
 _MANY_ENTRIES: Final = 1024
 """A listing of more registers nothing: who lists such a directory mostly wants the names alone."""
 _WHILE_RENAMED_NS: Final = 1 << 60
+_UNTIL_RETRIED_NS: Final = 60_000_000_000
+"""The kernel sends a RENAME again once only. Until it has looked the names up for that, which may have to wait for a daemon that
+stands still, they must not be granted again."""
 _HOLD_OFF_NS: Final = 1_000_000_000
-"""Longer than the kernel takes from the answer to a RENAME to moving what it has, or to sending the RENAME again."""
+"""Longer than the kernel takes from the answer to a RENAME to moving what it has."""
 
 
 class GrantingFileSystem(CachingFileSystem):
@@ -186,7 +189,7 @@ class GrantingFileSystem(CachingFileSystem):
         granted = {slot for name in names if (slot := self.grants.slot_of_name(*name)) is not None}
         recalls = self._recalls
         if granted and recalls is not None and recalls.danger != "no-self-recall":  # rule 5
-            self.grants.hold_off(names, _HOLD_OFF_NS)
+            self.grants.hold_off(names, _UNTIL_RETRIED_NS)
             with _OwnChange(recalls, set(), granted, lambda: request.interrupted):
                 raise OSError(errno.ESTALE, "a granted name is renamed: look it up again")
         self.grants.hold_off(names, _WHILE_RENAMED_NS)
