@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from coherency.leases import attributes_key, introduction, names_key
 from coherency.protocol import Register
 from coherency.shm_abi import splitmix64
 from coherency.shm_table import DEFAULT_SLOT_COUNT, TRUST_MARGIN_NS, TRUST_NS
-from tests.guests import Host
+from tests.guests import ROOT, Host
 from tests.scripted_guests import ScriptedGuest
 from tests.waiting import until
 
@@ -71,6 +72,12 @@ def make_world(make_socket_dir: Callable[[], Path]) -> Iterator[MakeWorld]:
         yield lambda *options: World(make_socket_dir(), undo, *options)
 
 
+def shown(world: World) -> str:
+    """What an operator sees."""
+    command = [sys.executable, "-m", "coherency", "status", "--runtime-dir", str(world.host.runtime_dir)]
+    return subprocess.check_output(command, text=True, cwd=ROOT)
+
+
 # --- changes wait --------------------------------------------------------------------------------------------------
 
 
@@ -96,6 +103,7 @@ def test_without_recalls_it_is_made_at_once(make_world: MakeWorld) -> None:
     guest.register(*world.keys())
     world.chmod().result(20)
     assert world.host.status()["recalling"] == "off"
+    assert "recalls are switched off: guests are stale" in shown(world)
     assert guest.hears_nothing()
 
 
@@ -166,9 +174,11 @@ def test_the_status_tells_of_a_guest_that_keeps_a_change_waiting(make_world: Mak
     guest.register(*world.keys())
     changed = world.chmod()
     guest.hear_recall()
+    assert [line.split()[-9:-2] for line in shown(world).splitlines() if "scripted" in line] == [["0"] * 4 + ["1"] * 3]
     (told,) = world.host.status()["guests"]
     assert (told["keys"], told["recalls"], told["unacked"]) == (1, 1, 1)
     assert changed.result(20) > 0.5
+    assert "1 changes waited" in shown(world)
     report = world.host.status()
     assert (report["evictions"], report["waits"], report["lease_ns"]) == (1, 1, int(LEASE_S * 1e9))
     assert report["longest_wait_ns"] == report["waited_ns"] > 500_000_000
@@ -199,6 +209,7 @@ def test_the_next_daemon_waits_for_the_guests_of_a_killed_one(make_world: MakeWo
     report = world.host.status()
     assert report["held_for_guests"] == 1
     assert 0 < report["held_ns"] <= LEASE_S * 1e9
+    assert "the daemon before this one was killed, and 1 of its guests have not come back" in shown(world)
     world.chmod().result(20)
     assert time.monotonic() - killed >= LEASE_S
     assert world.host.status()["held_ns"] == 0
