@@ -35,22 +35,29 @@ def check_command(directories: tuple[Path, ...], seconds: float, bound: float, a
     """Change things through one mount of a tree and see how late the other mounts show it.
 
     For any file systems: guests of ours, virtiofs, NFS, 9p, bind mounts. Works in a directory of its own below the given
-    ones, and removes it. Exits with 1 if anything was late.
+    ones, and removes it. Exits with 1 if anything was late. Ctrl-C ends it early, and shows what was found until then.
 
     \b
     coherency check /mnt/a /mnt/b
     coherency check /mnt/a /mnt/b /mnt/c --seconds 30 --json
     """
+    interrupted = False
     with errors_as_messages():
         litmus = Litmus(directories, bound_s=bound)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        litmus.run(seconds, lambda text: click.echo(text, err=True))
+        try:
+            litmus.run(seconds, lambda text: click.echo(text, err=True))
+        except KeyboardInterrupt:
+            interrupted = True
     late = sum(tally.late for tally in litmus.tallies.values())
     if as_json:
         operations = {name: _document(tally) for name, tally in litmus.tallies.items()}
-        click.echo(json.dumps({"late": late, "rounds": litmus.rounds, "operations": operations}, indent=2))
+        document = {"late": late, "rounds": litmus.rounds, "interrupted": interrupted, "operations": operations}
+        click.echo(json.dumps(document, indent=2))
     else:
         _print(litmus, late, bound)
+        if interrupted:
+            click.echo(f"interrupted after {litmus.rounds} whole rounds")
     sys.exit(1 if late else 0)
 
 
@@ -64,8 +71,10 @@ def _print(litmus: Litmus, late: int, bound: float) -> None:
         click.echo(f"{name:18}{tally.looks:7}{tally.late:7}{tally.never:7}{times}")
     if late:
         click.echo(f"{late} looks were late ('never': not within {bound:g} s)")
-    else:
+    elif any(tally.looks for tally in litmus.tallies.values()):
         click.echo("every change was seen at once")
+    else:
+        click.echo("nothing was looked at")
 
 
 def _document(tally: Tally) -> dict[str, Any]:

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from coherency.errors import CoherencyError, UsageError
+from coherency.fuse import syscalls
 
 DEFAULT_BOUND_S: Final = 3.0
 _SECOND_NS: Final = 1_000_000_000
 _POLL_S: Final = 0.001
 _XATTR: Final = "user.coherency-check"
-_UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EMLINK})
+_RENAME_EXCHANGE: Final = 2
+_UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EMLINK, errno.EINVAL})
 
 
 class Trial(NamedTuple):
@@ -80,6 +82,21 @@ def _marked(place: Path) -> None:
     _set_xattr(b"one")(place)
 
 
+def _xattrs(place: Path) -> list[str]:
+    return [name for name in os.listxattr(place / "file") if name == _XATTR]
+
+
+def _exchange(place: Path) -> None:
+    syscalls.renameat2(
+        syscalls.AT_FDCWD, os.fsencode(place / "other"), syscalls.AT_FDCWD, os.fsencode(place / "file"), _RENAME_EXCHANGE
+    )  # fmt: skip
+
+
+def _filled(place: Path) -> None:
+    (place / "sub").mkdir()
+    _write("sub/file", 1)(place)
+
+
 def _private(place: Path) -> None:
     _write("file", 1)(place)
     (place / "file").chmod(0o600)
@@ -110,6 +127,11 @@ TRIALS: Final = (
     Trial("append", _write("file", 10), _append, _status("st_size"), 10, 15),
     Trial("mtime", _dated, _set_mtime(2_000_000), _status("st_mtime"), 1_000_000.0, 2_000_000.0),
     Trial("xattr", _marked, _set_xattr(b"two"), lambda place: os.getxattr(place / "file", _XATTR), b"one", b"two"),
+    Trial("xattr removed", _marked, lambda place: os.removexattr(place / "file", _XATTR), _xattrs, [_XATTR], []),
+    Trial("truncate by open", _write("file", 10), _write("file", 4), _status("st_size"), 10, 4),
+    Trial("exchange", _replaceable, _exchange, _status("st_size"), 10, 20),
+    Trial("move directory", _filled, lambda place: (place / "sub").rename(place / "moved"), _there("sub/file", "moved/file"),
+          (True, False), (False, True)),
     Trial("listing grows", _write("file", 1), _write("new", 1), _names, ["file"], ["file", "new"]),
     Trial("listing shrinks", _write("file", 1), lambda place: (place / "file").unlink(), _names, ["file"], []),
 )  # fmt: skip

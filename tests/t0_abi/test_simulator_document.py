@@ -7,7 +7,7 @@ from coherency.cli_check import check_command
 from coherency.cli_simulate import simulate_command
 from coherency.sim.calls import ANSWERS
 from coherency.sim.faults import DEFAULT_LEASE_NS, FAULTS, GROUPS
-from coherency.sim.litmus import DEFAULT_BOUND_S
+from coherency.sim.litmus import DEFAULT_BOUND_S, TRIALS
 from coherency.sim.machine import ENDLESS_S, MOUNT_DANGEROUSLY, RECOVERY_TIMEOUT_S, SERVE_DANGEROUSLY
 from coherency.sim.verdict import AUTO_TIMEOUT_NS, PROMISES
 from coherency.sim.waits import LONGEST_CALL_NS
@@ -51,3 +51,8 @@ def test_options() -> None:
     dangers = re.findall(r"`([\w-]+)`", TEXT.partition("`--live-dangerously` leaves")[2].partition("\n#")[0])
     assert set(dangers) == {*SERVE_DANGEROUSLY, *MOUNT_DANGEROUSLY}
     assert f"`--bound` ({DEFAULT_BOUND_S:g} s)" in TEXT
+
+
+def test_trials() -> None:
+    kinds = TEXT.partition("Kinds of change: ")[2].partition(".\n")[0]
+    assert re.findall(r"\*([^*]+)\*", kinds.replace("\n", " ")) == [trial.name for trial in TRIALS]

@@ -1,7 +1,9 @@
 """``coherency check``: nothing is late between coherent mounts, and what is late between others is found."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 
 from coherency.cli import main
 from coherency.errors import UsageError
+from coherency.sim import litmus
 from coherency.sim.litmus import TRIALS, Litmus
 from tests.guests import Host
 
@@ -42,6 +45,11 @@ def test_access_is_never_late(host: Host) -> None:
     assert set(report["operations"]) == {trial.name for trial in TRIALS}
     assert all(each["looks"] >= 6 and not each["unsupported"] for each in report["operations"].values())
     assert left_behind(host) == []
+
+
+def test_strict_is_never_late(host: Host) -> None:
+    code, report, errors = check(host.mount("s1", "strict"), host.mount("s2", "strict"))
+    assert (code, report["late"]) == (0, 0), (report, errors)
 
 
 def test_auto_is_late(host: Host) -> None:
@@ -77,6 +85,34 @@ def test_bind_mounts_are_never_late(bind_mount: tuple[Path, Path]) -> None:
     code, report, errors = check(*bind_mount)
     assert (code, report["late"]) == (0, 0), (report, errors)
     assert os.listdir(bind_mount[0]) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_shows_what_it_has_found(bind_mount: tuple[Path, Path], number: int) -> None:
+    command = [sys.executable, "-m", "coherency", "check", *map(str, bind_mount), "--seconds=600", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "round 3" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    report = json.loads(output)
+    assert (process.returncode, report["interrupted"], report["late"]) == (0, True, 0), errors
+    assert report["rounds"] >= 2
+    assert report["operations"]["chmod"]["looks"] >= 2
+    assert os.listdir(bind_mount[0]) == []
+
+
+def test_what_a_file_system_does_not_offer_is_left_out(bind_mount: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(place: Path) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    trials = tuple(trial._replace(change=refuse) if trial.name == "xattr" else trial for trial in TRIALS)
+    monkeypatch.setattr(litmus, "TRIALS", trials)
+    check = Litmus(bind_mount, bound_s=0.1)
+    check.run(0, lambda text: None)
+    assert [name for name, tally in check.tallies.items() if tally.unsupported] == ["xattr"]
+    assert check.tallies["xattr removed"].looks == 2
 
 
 def test_other_trees_are_refused(tmp_path: Path) -> None:
