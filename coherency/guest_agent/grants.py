@@ -380,8 +380,8 @@ class Grants:
                 assert entry.things or entry.serial, f"nothing is written down of key {key}"
                 assert entry.serial <= self._serial, "a serial that was never used"
             for (parent, name), key in self._names.items():
-                there = self._keys[key].things
-                assert any(what[:2] == (parent, name) for what in there), (parent, name, key)
+                assert key in self._keys, (parent, name, key)
+                assert any(what[:2] == (parent, name) for what in self._keys[key].things), (parent, name, key)
             assert all(self._first_serial <= serial <= self._serial for serial in self._asked), "an old Register"
 
 
