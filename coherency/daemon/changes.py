@@ -8,8 +8,8 @@
    kernel of the export holds the parent's lock until the reply. What an agent remembers of a former inode with the
    same number is of no use from then on. Nobody is told of it: no kernel can have anything of it.
 4. A change that fails is ended like any other; words only grow.
-5. While changes are held nothing is begun (``holds``). A caller on the export that is interrupted while waiting, here or
-   for guests, gets EINTR, and nothing is applied.
+5. While changes are held nothing is begun (``holds``). A caller on the export that is interrupted meanwhile, or is killed
+   while guests are waited for, gets EINTR, and nothing is applied.
 
 Named points, for tests that stop a change there: ``begun`` (words are odd, nothing applied), ``recalled`` (guests have
 forgotten, nothing applied) and ``applied`` (not ended).

@@ -1,4 +1,6 @@
-"""For which guest a request of the export is made.  A hint: see `docs/decisions/0004-release-instead-of-origin.md`.
+"""Whose threads make the requests of the export: for which guest each works, and whether it dies.
+
+The guest is a hint: see `docs/decisions/0004-release-instead-of-origin.md`.
 
 Rules:
 
@@ -10,13 +12,13 @@ Rules:
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 _MAX_THREADS: Final = 4096
-_TGID: Final = "Tgid:"
 
 
 class Origins:
@@ -62,8 +64,42 @@ class Origins:
 
 def process_of_thread(thread_id: int) -> int | None:
     """The process of a thread of this machine; None if there is none, or it cannot be seen from here (0 in a request)."""
+    process = _status_of(thread_id).get("Tgid")
+    return None if process is None else int(process)
+
+
+def is_dying(thread_id: int) -> bool:
+    """Whether the thread has got a signal that ends it: the kernel lets it wait for its system call nevertheless."""
+    status = _status_of(thread_id)
+    if not status:
+        return False
+    pending, shared, blocked, ignored, caught = (
+        int(status[field], 16) for field in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt")
+    )
+    return bool(pending & _bit(signal.SIGKILL) or (pending | shared) & ~(blocked | ignored | caught | _HARMLESS))
+
+
+def _bit(number: signal.Signals) -> int:
+    return 1 << number - 1
+
+
+_HARMLESS: Final = sum(
+    map(
+        _bit,
+        (
+            signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH,
+            signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
+        ),
+    )
+)  # fmt: skip
+"""What does not end a process that does not ask for these signals: signal(7)."""
+
+
+def _status_of(thread_id: int) -> dict[str, str]:
+    """See proc_pid_status(5); nothing if there is no such thread."""
     try:
-        status = Path(f"/proc/{thread_id}/status").read_text()
+        text = Path(f"/proc/{thread_id}/status").read_text()
     except OSError:
-        return None
-    return next((int(line[len(_TGID) :]) for line in status.splitlines() if line.startswith(_TGID)), None)
+        return {}
+    lines = (line.partition(":") for line in text.splitlines())
+    return {field: value.strip() for field, _, value in lines}

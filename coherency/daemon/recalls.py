@@ -7,8 +7,9 @@ Rules:
 2. What nobody holds costs no lock and no system call, and sends nothing.
 3. The thread that makes the change sends the recalls itself.  It waits for acks and for nothing else: not for a peer to
    read, not for the control server's loop.  A guest that does not ack is waited for until its lease is over.
-4. A wait ends early if whoever asked for the change is interrupted, or if the daemon gives up its waits because it is
-   told to end at once.  The change is not made then.
+4. A wait ends early if whoever asked for the change is killed meanwhile, or if the daemon gives up its waits because it is
+   told to end at once.  The change is not made then.  Another signal does not end it: programs do not expect EINTR of
+   calls that change files.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple, Protocol
 
 from coherency.daemon.ledger import Round
+from coherency.daemon.origins import is_dying
 from coherency.daemon.server import ControlServer
 from coherency.fuse.codec import Request
 from coherency.ids import GrantKey
 
 _SECOND_NS: Final = 1_000_000_000
-_LOOK_AGAIN_NS: Final = 10_000_000
+_LOOK_AGAIN_NS: Final = 20_000_000
 
 
 class RecallStatistics(NamedTuple):
@@ -46,16 +48,20 @@ class Originator(Protocol):
 class Recalls:
     """The recalls of all changes of one share.  Thread-safe."""
 
-    def __init__(self, server: ControlServer, origins: Originator) -> None:
+    def __init__(
+        self, server: ControlServer, origins: Originator, *, is_dying: Callable[[int], bool] = is_dying
+    ) -> None:
+        """`is_dying` tells of a thread that was interrupted whether it is killed."""
         self._server = server
         self._origins = origins
+        self._is_dying = is_dying
         self._lock = threading.Lock()
         self._waiting: set[threading.Event] = set()
         self._given_up = False
         self._waits = self._waited_ns = self._longest_wait_ns = 0
 
     def revoke(self, keys: Iterable[GrantKey], request: Request | None) -> None:
-        """Rule 1.  `InterruptedError` by rule 4."""
+        """Rule 1.  `InterruptedError` by rule 4: nobody may make the change."""
         if self._server.is_held(keys):
             origin = None if request is None else self._origins.session_of(request.pid)
             over = threading.Event()
@@ -78,11 +84,15 @@ class Recalls:
             if request is not None:
                 request.on_interrupt = over.set
             while round_.pending:
-                if self._given_up or (request is not None and request.interrupted):
+                interrupted = request is not None and request.interrupted
+                if self._given_up or (interrupted and request is not None and self._is_dying(request.pid)):
                     self._server.abandon(round_)
-                    raise InterruptedError(errno.EINTR, "interrupted while guests are told")
-                left_ns = max(round_.until_ns - time.monotonic_ns(), _LOOK_AGAIN_NS)
-                if not over.wait(left_ns / _SECOND_NS):
+                    raise InterruptedError(errno.EINTR, "killed while guests are told")
+                # The kernel tells of the first signal only, so from then on it is looked whether another one kills.
+                patience_ns = _LOOK_AGAIN_NS if interrupted else max(_LOOK_AGAIN_NS, round_.until_ns - time.monotonic_ns())
+                over.wait(patience_ns / _SECOND_NS)
+                over.clear()
+                if time.monotonic_ns() >= round_.until_ns:
                     self._server.evict_due()
         finally:
             waited_ns = time.monotonic_ns() - began_ns

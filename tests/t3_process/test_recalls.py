@@ -4,7 +4,9 @@ import contextlib
 import errno
 import os
 import random
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from coherency.daemon.origins import Origins, process_of_thread
+from coherency.daemon.origins import Origins, is_dying, process_of_thread
 from coherency.daemon.recalls import Recalls
 from coherency.daemon.switchboard import Limits
 from coherency.fuse import codec
@@ -46,7 +48,8 @@ class Host:
             ControlDaemon(root, "share-1", limits=replace(QUICK, **limits), lease_ns=lease_ns)
         )
         self.origins = Origins(self.daemon.leasing.has)
-        self.recalls = Recalls(self.daemon.server, self.origins)
+        self.dying: set[int] = set()
+        self.recalls = Recalls(self.daemon.server, self.origins, is_dying=self.dying.__contains__)
         self._pool = undo.enter_context(ThreadPoolExecutor(16, "change"))
         undo.callback(self.recalls.give_up)
         self._undo = undo
@@ -424,17 +427,29 @@ def test_the_process_of_a_thread() -> None:
 # --- waits that end early ------------------------------------------------------------------------------------------
 
 
-def test_a_caller_that_is_interrupted_gets_eintr(make_host: MakeHost) -> None:
-    host = make_host()
-    guest = host.guest()
-    guest.register(A)
-    request = request_of(1)
-    change = host.change(A, request=request)
-    guest.hear_recall()
+def interrupt(request: Request) -> None:
+    """What the session does when the kernel says so."""
     until(lambda: request.on_interrupt is not None)
     request.interrupted = True
     assert request.on_interrupt is not None
     request.on_interrupt()
+
+
+@pytest.mark.parametrize("killed_at_once", [True, False])
+def test_a_caller_that_is_killed_gets_eintr(make_host: MakeHost, killed_at_once: bool) -> None:
+    host = make_host()
+    guest = host.guest()
+    guest.register(A)
+    request = request_of(4711)
+    change = host.change(A, request=request)
+    guest.hear_recall()
+    if killed_at_once:
+        host.dying.add(request.pid)
+    interrupt(request)
+    if not killed_at_once:  # of the second signal the kernel does not tell
+        host.settle()
+        assert not change.done()
+        host.dying.add(request.pid)
     with pytest.raises(InterruptedError) as caught:
         change.result(20)
     assert caught.value.errno == errno.EINTR
@@ -445,14 +460,44 @@ def test_a_caller_that_is_interrupted_gets_eintr(make_host: MakeHost) -> None:
     following.result(20)
 
 
-def test_an_interruption_that_came_before_the_wait(make_host: MakeHost) -> None:
+def test_a_caller_that_gets_another_signal_waits_on(make_host: MakeHost) -> None:
+    host = make_host()
+    guest = host.guest()
+    guest.register(A)
+    request = request_of(4711)
+    change = host.change(A, request=request)
+    guest.hear_recall()
+    interrupt(request)
+    host.settle()
+    assert not change.done()
+    guest.ack(1)
+    change.result(20)
+
+
+def test_a_caller_that_was_killed_before_the_wait(make_host: MakeHost) -> None:
     host = make_host()
     host.guest().register(A)
-    request = request_of(1)
+    request = request_of(4711)
     request.interrupted = True
+    host.dying.add(4711)
     with pytest.raises(InterruptedError):
         host.wait_for_change(A, request=request)
-    host.wait_for_change(B, request=request)  # the negative control: it need not wait, so there is nothing to interrupt
+    host.wait_for_change(B, request=request)  # the negative control: it need not wait, so there is nothing to end
+
+
+def test_who_is_dying() -> None:
+    """The others are asked by a test with a mount: a process that dies and waits is not made without one."""
+    assert not is_dying(os.getpid())
+    assert not is_dying(0)
+    assert not is_dying(2**31)
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        sleeper.send_signal(signal.SIGSTOP)
+        until(lambda: "T (stopped)" in Path(f"/proc/{sleeper.pid}/status").read_text())
+        sleeper.send_signal(signal.SIGWINCH)
+        assert not is_dying(sleeper.pid)
+        sleeper.send_signal(signal.SIGTERM)  # is pending as long as it is stopped
+        assert is_dying(sleeper.pid)
+        sleeper.send_signal(signal.SIGCONT)
 
 
 def test_a_daemon_that_gives_up_its_waits(make_host: MakeHost) -> None:
