@@ -38,6 +38,13 @@ class Entry(NamedTuple):
     lease_ns: int
 
 
+class JournalStatistics(NamedTuple):
+    """Sessions of this daemon, and those of its predecessors that are not over, as far as was looked."""
+
+    own: int
+    former: int
+
+
 class SessionJournal:
     """The journal at `path`.  Thread-safe, but one process has it.
 
@@ -85,15 +92,29 @@ class SessionJournal:
             self.discard(session)
             self.hold.account(session)
 
+    def check(self) -> None:
+        """Assert that the file holds what it should, unless writing it has failed."""
+        with self._lock:
+            now_ns = self._clock_ns()
+            written = _read(self._path)
+            assert written.items() <= self._entries.items(), written
+            assert all(self._former_until_ns.get(each, 0) <= now_ns for each in self._entries.keys() - written.keys()), written
+
+    def statistics(self) -> JournalStatistics:
+        """A frozen copy."""
+        with self._lock:
+            former = len(self._entries.keys() & self._former_until_ns.keys())
+            return JournalStatistics(len(self._entries) - former, former)
+
     def _write(self) -> None:
         now_ns = self._clock_ns()
-        lines = [_HEAD]
-        for session, entry in self._entries.items():
-            if self._former_until_ns.get(session, now_ns + 1) > now_ns:
-                lines.append(f"{session:016x} {entry.uid} {entry.lease_ns}")
-        if len(lines) == 1:
+        for session in [each for each, until_ns in self._former_until_ns.items() if until_ns <= now_ns]:
+            self._entries.pop(session, None)
+        if not self._entries:
             self._path.unlink(missing_ok=True)
             return
+        lines = [_HEAD]
+        lines += [f"{session:016x} {entry.uid} {entry.lease_ns}" for session, entry in self._entries.items()]
         with open(os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE), "w") as file:
             file.write("\n".join([*lines, ""]))
         self._new_path.rename(self._path)

@@ -16,9 +16,16 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 _MAX_THREADS: Final = 4096
+
+
+class OriginStatistics(NamedTuple):
+    """Processes that were introduced, and threads that are remembered, whosever they are."""
+
+    processes: int
+    threads: int
 
 
 class Origins:
@@ -60,6 +67,17 @@ class Origins:
                 self._threads.clear()
             session = self._threads[thread_id] = None if process is None else self._processes.get(process)
         return session
+
+
+    def check(self) -> None:
+        """Assert rule 3, as far as it can be seen from here."""
+        with self._lock:
+            assert len(self._threads) <= _MAX_THREADS, self.statistics()
+            assert set(self._threads.values()) <= {*self._processes.values(), None}, self.statistics()
+
+    def statistics(self) -> OriginStatistics:
+        """A frozen copy."""
+        return OriginStatistics(len(self._processes), len(self._threads))
 
 
 def process_of_thread(thread_id: int) -> int | None:

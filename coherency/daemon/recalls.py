@@ -31,8 +31,9 @@ _LOOK_AGAIN_NS: Final = 20_000_000
 
 
 class RecallStatistics(NamedTuple):
-    """Changes that had to wait for acks, and for how long: all together, and the longest."""
+    """Changes that wait for acks now, that have waited, and for how long: all together, and the longest."""
 
+    waiting: int
     waits: int
     waited_ns: int
     longest_wait_ns: int
@@ -105,4 +106,9 @@ class Recalls:
     def statistics(self) -> RecallStatistics:
         """A frozen copy."""
         with self._lock:
-            return RecallStatistics(self._waits, self._waited_ns, self._longest_wait_ns)
+            return RecallStatistics(len(self._waiting), self._waits, self._waited_ns, self._longest_wait_ns)
+
+    def check(self) -> None:
+        """Assert that the counters agree."""
+        waiting, waits, waited_ns, longest_ns = self.statistics()
+        assert waiting >= 0 <= longest_ns <= waited_ns <= waits * longest_ns, self.statistics()

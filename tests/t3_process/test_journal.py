@@ -59,7 +59,11 @@ def test_the_next_daemon_waits_for_each_session_as_long_as_it_was_promised(tmp_p
     second = journal_at(tmp_path, clock, lease_ns=5)
     assert left_ns(second, clock) == LEASE_NS
     assert second.hold.statistics(clock.now_ns) == (LEASE_NS, 2)
+    assert second.statistics() == (0, 2)
     second.account(ANN, UID)
+    second.add(0xC, UID)
+    assert second.statistics() == (1, 1)
+    second.check()
     assert second.hold.statistics(clock.now_ns) == (LEASE_NS, 1)
     second.account(BOB, UID)
     assert left_ns(second, clock) == 0
@@ -100,8 +104,11 @@ def test_who_is_not_accounted_for_is_left_to_the_third_until_its_lease_is_over(t
     clock.now_ns = 200
     assert left_ns(journal_at(tmp_path, clock), clock) == LEASE_NS  # killed within the hold
     clock.now_ns = 100 + LEASE_NS
+    second.check()
     second.add(BOB, UID)
     second.discard(BOB)
+    assert second.statistics() == (0, 0)
+    second.check()
     assert left_ns(journal_at(tmp_path, clock), clock) == 0
 
 

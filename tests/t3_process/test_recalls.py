@@ -412,6 +412,8 @@ def test_origins_are_processes_and_only_of_guests_that_are_here() -> None:
     here.remove(7)
     assert origins.introduce(8, 201)  # a process has one session, and a session that is over has none
     assert [origins.session_of(thread) for thread in (102, 201)] == [None, 8]
+    origins.check()
+    assert origins.statistics() == (1, 2)
 
 
 def test_the_process_of_a_thread() -> None:
@@ -567,6 +569,8 @@ def test_many_changes_and_guests_that_come_and_go(make_host: MakeHost) -> None:
             other.result(20)
     assert longest_ns < LONG_NS
     assert host.recalls.statistics().waits > 10
+    assert host.recalls.statistics().waiting == 0
+    host.recalls.check()
     assert host.daemon.leasing.statistics().evictions == 0
     assert all(guest.recalls for guest in guests)
     until(lambda: host.daemon.leasing.statistics().unacked == 0)
