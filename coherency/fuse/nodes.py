@@ -34,6 +34,7 @@ from coherency.fuse.abi import ROOT_ID
 from coherency.ids import HostInode, NodeId
 
 _O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_INODE: Final = HostInode(0)  # no file system has it
 _MAX_DEPTH: Final = 4096  # components of a path; more cannot be: a cycle of names
 
 
@@ -215,6 +216,15 @@ class NodeStore:
                 return False
             node.lookups += 1
             return True
+
+    def unreachable(self, mode: int) -> Node:
+        """A new node, with one look-up to give back, for what nothing leads to any more: ESTALE for who opens it."""
+        with self._lock:
+            node = Node(NodeId(self._next_id), _NO_INODE, (self.root_device, _NO_INODE), mode)
+            self._next_id += 1
+            self._nodes[node.id] = node
+            node.lookups = 1
+        return node
 
     def pinned(self, ino: HostInode, parent: Node, name: bytes) -> Node | None:
         """The node with one more look-up, if it holds a descriptor of inode ``ino`` and was last seen as ``name`` in ``parent``.

@@ -3,6 +3,8 @@
 1. A name is resolved and changed by the same descriptor of its parent. Between looking at what a name is and changing
    it, the kernel of this mount holds the parent's lock, so no other request of this mount changes it in between.
 2. A change is ended whatever happens: also when the system call fails, and when only a part of it succeeded.
+3. What has been made is made, even if somebody else has renamed or removed it before we could look at it: the caller is told of
+   success, and gets a node that nothing leads to. The kernel keeps names for no time then, so it looks again.
 """
 
 from __future__ import annotations
@@ -48,30 +50,48 @@ class Passthrough(FileOperations):
             self.nodes.forget(node_id, count)
         return NO_REPLY
 
-    def _make(self, request: Request, umask: int, name: bytes, create: Callable[[int], None]) -> Reply:
+    def _make(self, request: Request, umask: int, name: bytes, kind: int, create: Callable[[int], None]) -> Reply:
         parent = self.nodes.get(request.node)
         with self.nodes.open(parent) as at, self.changing(request, parent.ino) as change:
             self.credentials.become(request.uid, request.gid, umask)
             create(at)
             if self.tracks_changes:  # before anything can fail: it is there
                 change.touch(self.nodes.inode_number(os.stat(name, dir_fd=at, follow_symlinks=False)))
+            found = self._look_up_made(parent, at, name, kind)
+        if found is None:
+            return (replies.encode_entry(self.nodes.unreachable(kind).id, replies.encode_unknown_attr(kind), 0, 0),)
+        return (self.entry(*found),)
+
+    def _look_up_made(self, parent: Node, at: int, name: bytes, kind: int) -> tuple[Node, bytes] | None:
+        """None: it is not there any more (rule 3)."""
+        try:
             node, attr = self.look_up(parent, at, name)
-        return (self.entry(node, attr),)
+        except FileNotFoundError:
+            return None
+        if node.kind != kind:
+            self.nodes.forget(node.id, 1)
+            return None
+        return node, attr
 
     def mknod(self, request: Request) -> Reply:
         body: codec.Mknod = request.body
         device = replies.decode_device(body.rdev)
         return self._make(
-            request, body.umask, body.name, lambda at: os.mknod(body.name, body.mode, device, dir_fd=at)
+            request, body.umask, body.name, stat.S_IFMT(body.mode) or stat.S_IFREG,
+            lambda at: os.mknod(body.name, body.mode, device, dir_fd=at),
         )  # fmt: skip
 
     def mkdir(self, request: Request) -> Reply:
         body: codec.Mkdir = request.body
-        return self._make(request, body.umask, body.name, lambda at: os.mkdir(body.name, body.mode, dir_fd=at))
+        return self._make(
+            request, body.umask, body.name, stat.S_IFDIR, lambda at: os.mkdir(body.name, body.mode, dir_fd=at)
+        )  # fmt: skip
 
     def symlink(self, request: Request) -> Reply:
         body: codec.Symlink = request.body
-        return self._make(request, 0, body.name, lambda at: os.symlink(body.target, body.name, dir_fd=at))
+        return self._make(
+            request, 0, body.name, stat.S_IFLNK, lambda at: os.symlink(body.target, body.name, dir_fd=at)
+        )  # fmt: skip
 
     def link(self, request: Request) -> Reply:
         body: codec.Link = request.body
@@ -82,9 +102,12 @@ class Passthrough(FileOperations):
             self.changing(request, parent.ino, target.ino) as change,
         ):
             os.link(syscalls.proc_path(fd), body.name, dst_dir_fd=at, follow_symlinks=True)
-            node, attr = self.look_up(parent, at, body.name)
-            change.touch(node.ino)
-        return (self.entry(node, attr),)
+            found = self._look_up_made(parent, at, body.name, target.kind)
+            if found is None:
+                self.nodes.remember(target)  # the request is about it, so it is there
+                found = target, self.attributes(target, fd)
+            change.touch(found[0].ino)
+        return (self.entry(*found),)
 
     def unlink(self, request: Request) -> Reply:
         return self._remove(request, lambda name, at: os.unlink(name, dir_fd=at))

@@ -59,6 +59,11 @@ def encode_entry(node: NodeId, attr: bytes, entry_ns: int = 0, attr_ns: int = 0)
     return _pack_entry(node, 0, entry_s, attr_s, entry_rest, attr_rest) + attr
 
 
+def encode_unknown_attr(mode: int) -> bytes:
+    """``struct fuse_attr`` of what is gone before anybody could look at it: its type, which is all that the kernel needs to go on."""
+    return abi.attr.pack(0, 0, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 0, 0)
+
+
 def encode_attr_out(attr: bytes, attr_ns: int = 0) -> bytes:
     if not attr_ns:
         return _NO_TIME + attr
