@@ -43,6 +43,8 @@ MODES: Final = ("none", "auto", "always", *COHERENT_MODES)
 DEFAULT_MODE: Final = "strict"
 DEFAULT_TIMEOUT_NS: Final = 1_000_000_000
 _QUIESCENCE_POLL_S: Final = 0.05
+_MAX_THREADS: Final = 256
+"""So many changes may wait for other guests at once, and who looks, helpers included, is still answered."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class GuestMount:
                 file_system = self._file_system = self._make_file_system(lower)
                 try:
                     session = self._session = Session.mount(
-                        str(mountpoint), file_system, source=f"coherency:{options.name}", name="mount"
+                        str(mountpoint), file_system, source=f"coherency:{options.name}", name="mount", max_threads=_MAX_THREADS
                     )
                 except BaseException:
                     file_system.close()

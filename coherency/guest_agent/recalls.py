@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import queue
 import threading
@@ -126,7 +127,7 @@ class Recalls:
         revoked = self.grants.revoke(keys)
         while not self._forget(revoked):
             if given_up():
-                raise InterruptedError("interrupted while names are being dropped")
+                raise InterruptedError(errno.EINTR, "interrupted while names are being dropped")
             if self._clock_ns() > self.grants.lapses_ns:
                 self.grants.dropped(revoked.names)
                 break
@@ -139,14 +140,15 @@ class Recalls:
 
     # ---- tidying ----
 
-    def sweep(self) -> None:
-        """Let go of what was not used for long; see ``Grants.idle``."""
-        while keys := self.grants.idle():
-            revoked = self.grants.revoke(keys)
-            for thing in revoked.nodes:
-                self._kernel.invalidate_inode(thing.what)
-            self.grants.dropped((*revoked.nodes, *revoked.names))
-            self.grants.release(revoked.registered)
+    def sweep(self) -> bool:
+        """Let go of some of what was not used for long; see ``Grants.idle``. False: there was nothing."""
+        keys = self.grants.idle()
+        revoked = self.grants.revoke(keys)
+        for thing in revoked.nodes:  # for the ACLs, which have no time
+            self._kernel.invalidate_inode(thing.what)
+        self.grants.dropped((*revoked.nodes, *revoked.names))
+        self.grants.release(revoked.registered)
+        return bool(keys)
 
     def _drop_pages_later(self, node: NodeId) -> None:
         try:

@@ -161,7 +161,7 @@ class Sharer:
                 del self._renewals[self._serial]
             while len(self._renewals) > 2 * RENEWALS_PER_LEASE:
                 del self._renewals[min(self._renewals)]
-        if now_ns >= self._sweep_at_ns and self._recalls is not None:
+        # A portion at a time, so that recalls do not wait for long.
+        if now_ns >= self._sweep_at_ns and self._recalls is not None and not self._recalls.sweep():
             self._sweep_at_ns = now_ns + self._lease_ns // _SWEEPS_PER_LEASE
-            self._recalls.sweep()
         return None

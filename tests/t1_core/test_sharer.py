@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from coherency.fuse.codec import Request
+from coherency.guest_agent import grants as grants_module
 from coherency.guest_agent import recalls as recalls_module
 from coherency.guest_agent.grants import GrantedName, Grants
 from coherency.guest_agent.recalls import MANY_NAMES, Recalls
@@ -314,6 +315,16 @@ def test_what_was_not_used_for_long_is_released(world: World) -> None:
         world.sharer.tend()
     assert Release(SESSION, KEYS) in world.happened
     assert NODE in world.happened
+    assert world.grants.statistics().keys == 0
+
+
+def test_a_sweep_goes_a_portion_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grants_module, "MAX_KEYS_PER_MESSAGE", 1)
+    world.grant(NAME)
+    world.now_ns += 3 * LEASE_NS
+    world.sharer.tend()
+    assert world.grants.statistics().keys == 1
+    world.sharer.tend()
     assert world.grants.statistics().keys == 0
 
 
