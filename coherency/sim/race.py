@@ -2,7 +2,7 @@
 
 One thing is not held against anybody, since no file server can help it: the kernel of a guest that renames looks up one name and
 then the other, and if both are the same file by then, because others have renamed it from the one to the other in between, it
-takes that for a rename of a file to itself: it says that it is done, and does nothing.
+takes that for a rename of a file to itself: it says that it is done, and does nothing (tests/t4_fuse/test_renames_of_kernels.py).
 """
 
 from __future__ import annotations
