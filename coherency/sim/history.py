@@ -58,7 +58,8 @@ BEGINNING_NS: Final = -1
 NAME: Final = "name"
 NOTHING: Final = "no file"  # the value of an attribute of what has not been made yet
 LOST: Final = -1  # in place of an errno: the call succeeded, and the share does not show what it did
-# For how long listings are still held against names that nobody changes any more, since nobody knows what they are.
+_NEVER_NS: Final = 1 << 62
+# For how long listings are still held against names of a group that nobody changes any more.
 _LISTED_AFTER_RETIREMENT_NS: Final = 1_000_000_000
 _SECOND_NS: Final = 1_000_000_000
 
@@ -280,13 +281,17 @@ def look_of(call: Call, *, changes_mode: bool = False) -> Look:
 
 
 def _hold_listings(registers: dict[Register, Accesses], listings: list[tuple[int, Call]]) -> None:
-    """A listing is a look at each name of its directory that there ever was."""
+    """A listing is a look at each name of its directory that there ever was, as long as its group is not retired for long."""
+    retired_ns: dict[str, int] = {}
+    for register, each in registers.items():
+        if kind_of(register.path) is not None and not each.writes[-1].certain:
+            generation = generation_of(register.path)
+            retired_ns[generation] = min(each.writes[-1].start_ns, retired_ns.get(generation, _NEVER_NS))
     by_directory: defaultdict[str, list[tuple[str, Accesses, int]]] = defaultdict(list)
     for register, each in registers.items():
         if register.what == NAME:
             directory, _, name = register.path.rpartition("/")
-            last = each.writes[-1]
-            until_ns = (1 << 63) if last.certain else last.start_ns + _LISTED_AFTER_RETIREMENT_NS
+            until_ns = retired_ns.get(generation_of(register.path), _NEVER_NS) + _LISTED_AFTER_RETIREMENT_NS
             by_directory[directory].append((name, each, until_ns))
     for tag, call in listings:
         if call.is_disturbed:

@@ -25,7 +25,7 @@ from coherency.sim.checker import (
     staleness_of_unique,
 )
 from coherency.sim.history import LOST, NAME, Accesses, Call, Register, accesses, races
-from coherency.sim.names import agrees
+from coherency.sim.names import UNKNOWN, agrees
 from coherency.sim.race import check_race, describe_state
 from coherency.sim.search import TooMuch
 from coherency.sim.waits import Delay, Faults, Longest, Wait, Window, longest_calls, unexplained_waits
@@ -275,7 +275,7 @@ def describe(call: Call, origin_ns: int) -> str:
     rest = "".join(f" {part}" for part in (step.other, step.number if call.is_change else "") if part != "")
     outcome = _error_name(call.error) if call.error else f"{call.result}" if call.result is not None else "done"
     times = f"{(call.start_ns - origin_ns) / _MS:12.3f} .. {(call.end_ns - origin_ns) / _MS:12.3f} ms"
-    made = f" (made {call.made})" if call.made else ""
+    made = f" (made {call.made})" if call.made and call.made is not UNKNOWN else ""
     return f"{times}  guest {call.guest} worker {call.worker}: {step.op} {step.path}{rest} -> {outcome}{made}"
 
 

@@ -206,6 +206,19 @@ def test_listing_looks_at_every_name_of_its_directory() -> None:
     assert [violation.where for violation in verdict(calls).violations] == ["d0/h"]
 
 
+def test_listing_says_nothing_of_names_that_were_given_up_long_ago() -> None:
+    """One change of the group was disturbed: the other names of that generation are not held against listings for ever."""
+    calls = [
+        call(0, "create", "d0/g0.0.a", made=FILE),
+        call(2, "create", "d0/g0.0.c", error=errno.EIO, made=FILE),
+        call(500, "listdir", "d0", result=["g0.0.a"]),
+        call(5000, "listdir", "d0", result=[]),
+    ]
+    assert seen(calls, NAME, "d0/g0.0.a") == [MISSING, PRESENT]
+    other = [calls[0], calls[3]]
+    assert seen(other, NAME, "d0/g0.0.a") == [MISSING, MISSING], "nobody has given up anything"
+
+
 # --- verdicts ---
 
 
