@@ -9,7 +9,8 @@
 5. A rename moves what the kernel has of a name to the new name, with the time that the old one was granted for, and nobody
    would ever recall the new one. So a rename of a name that is granted is not forwarded: the name is dropped, and ESTALE makes
    the kernel begin anew (``retry_estale``), which looks the name up afresh. After that, and after each rename, the old name is
-   not granted for a while, whatever it leads to: until the kernel has moved what it has.
+   not granted for a while, whatever it leads to: until the kernel has moved what it has. A name that was
+   granted, recalled, and not looked up since is treated likewise: the kernel may have resolved it before it was recalled.
 6. The kernel keeps ACLs, without any time, until it is told to forget the attributes. It may, if the attributes' key is good for
    grants; otherwise it is told before the reply is written, and a reply that comes after that is not kept (``__get_acl``).
 """
@@ -188,7 +189,8 @@ class GrantingFileSystem(CachingFileSystem):
             names.append((body.new_parent, body.new_name))
         granted = {slot for name in names if (slot := self.grants.slot_of_name(*name)) is not None}
         recalls = self._recalls
-        if granted and recalls is not None and recalls.danger != "no-self-recall":  # rule 5
+        refused = bool(granted) or not all(map(self.grants.may_be_moved, names))
+        if refused and recalls is not None and recalls.danger != "no-self-recall":  # rule 5
             self.grants.hold_off(names, _UNTIL_RETRIED_NS)
             with _OwnChange(recalls, set(), granted, lambda: request.interrupted):
                 raise OSError(errno.ESTALE, "a granted name is renamed: look it up again")
@@ -221,6 +223,7 @@ class _NameGrant(_Grant):
         fs, node, attr = self._fs, self._node, self._attr
         with fs.grants.lock:
             left_ns = fs.time_of_name(self._cache, self._parent, self._name, node, attr)
+            fs.grants.looked_up((self._parent.id, self._name))
             send(replies.encode_entry(node.id, attr, left_ns, 0))
 
     def without_grant(self) -> Reply:

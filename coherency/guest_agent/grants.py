@@ -23,7 +23,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -76,6 +76,14 @@ class GrantStatistics(NamedTuple):
     granted_names: int
 
 
+class _TakenBack(NamedTuple):
+    """A name that was granted, and revoked. ``number``: of that grant; ``until_ns``: then it means nothing any more."""
+
+    number: int
+    until_ns: int
+    asked_since: bool = False
+
+
 class _Key:
     """``serial``: of the last Register, 0 if revoked; ``epoch``: of its Confirm, -1 if it waits for that."""
 
@@ -107,6 +115,7 @@ class Grants:
         self._unreleased: set[GrantKey] = set()
         self._changing: dict[SlotIndex, int] = {}
         self._held_off: dict[tuple[NodeId, bytes], int] = {}  # until when
+        self._taken_back: dict[tuple[NodeId, bytes], _TakenBack] = {}  # see ``may_be_moved``
         self._granted_attributes = self._granted_names = 0
 
     # ---- the connection ----
@@ -235,6 +244,8 @@ class Grants:
                 if entry.serial >= self._first_serial:
                     registered.append(key)
                 entry.serial, entry.epoch = 0, -1
+                if is_names_key(key):
+                    self._note_taken_back(entry.things)
                 (names if is_names_key(key) else nodes).extend(
                     Thing(key, what, number) for what, number in entry.things.items()
                 )
@@ -324,6 +335,26 @@ class Grants:
         key = self._names.get((parent, name))
         return None if key is None else slot_of(key)
 
+    def _note_taken_back(self, names: Mapping[GrantedName, int]) -> None:
+        for name, number in names.items():
+            known = self._taken_back.get(name[:2])
+            if known is None or known.number < number:
+                self._taken_back[name[:2]] = _TakenBack(number, self.lapses_ns)
+
+    def looked_up(self, name: tuple[NodeId, bytes]) -> None:
+        """The kernel has asked for the name, and is about to be answered. With the lock held until the reply is written."""
+        known = self._taken_back.get(name)
+        if known is not None:
+            self._taken_back[name] = known._replace(asked_since=True)
+
+    def may_be_moved(self, name: tuple[NodeId, bytes]) -> bool:
+        """Whether a kernel that renames this name now has asked for it since it was last taken back.
+
+        Otherwise it may have resolved the name before that, by what it had been granted, and moves that to the new name.
+        """
+        known = self._taken_back.get(name)
+        return known is None or known.asked_since or known.until_ns <= self._clock_ns()
+
     # ---- tidying ----
 
     def forget(self, node: NodeId, slot: SlotIndex) -> None:
@@ -349,6 +380,8 @@ class Grants:
             self._send_releases()
             for name in list(self._held_off):
                 self._is_held_off(name, now_ns)
+            for name in [name for name, known in self._taken_back.items() if known.until_ns <= now_ns]:
+                del self._taken_back[name]
             before_ns = now_ns - LAPSE_LEASES * self._lease_ns
             keys: list[GrantKey] = []
             for key, entry in self._keys.items():
