@@ -39,6 +39,13 @@ def simulate(directory: Path, *options: str) -> tuple[int, dict[str, Any], str]:
     return process.returncode, json.loads(output) if output else {}, errors
 
 
+def why(report: dict[str, Any], errors: str) -> str:
+    """For the reader of a failure: all of the first violation."""
+    for violation in report.get("violations", ())[:1]:
+        return "\n".join([violation["where"], violation["reason"], *map(str, violation["calls"]), errors])
+    return errors
+
+
 def require_nothing_left(directory: Path) -> None:
     assert list(directory.iterdir()) == []
     assert coherency_mounts_below([directory.resolve()]) == []
@@ -59,7 +66,7 @@ def processes_of(directory: Path) -> list[str]:
 
 def test_access_is_linearizable(socket_dir: Path) -> None:
     code, report, errors = simulate(socket_dir, "--seconds", "2", "--seed", "1", "--cache", "access")
-    assert code == 0, (report["violations"][:2], errors)
+    assert code == 0, why(report, errors)
     assert report["promise"] == "linearizable"
     assert report["staleness"]["stale"] == report["disturbed"] == 0
     assert report["reads"] > report["writes"] > 50
@@ -69,7 +76,7 @@ def test_access_stays_so_when_things_break(socket_dir: Path) -> None:
     code, report, errors = simulate(
         socket_dir, "--seconds", "7", "--seed", "5", "--cache", "access", "--faults", "kill-agent,stop-agent,kill-daemon"
     )
-    assert code == 0, (report["violations"][:2], errors)
+    assert code == 0, why(report, errors)
     assert report["faults"]
     assert report["staleness"]["stale"] == 0
 
@@ -85,7 +92,7 @@ def test_control_without_bumps_a_stale_read_is_found_within_seconds(socket_dir: 
 
 def test_strict_is_linearizable(socket_dir: Path) -> None:
     code, report, errors = simulate(socket_dir, "--seconds", "3", "--seed", "1", "--cache", "strict")
-    assert code == 0, (report["violations"][:2], errors)
+    assert code == 0, why(report, errors)
     assert report["staleness"]["stale"] == report["disturbed"] == 0
     assert report["reads"] > report["writes"] > 50
     assert report["raced"] > 20
@@ -96,7 +103,7 @@ def test_strict_stays_so_when_everything_breaks(socket_dir: Path) -> None:
     code, report, errors = simulate(
         socket_dir, "--seconds", "10", "--seed", str(MIXED_SEED), "--cache", "strict", "--faults", "all", "--lease", "1"
     )
-    assert code == 0, (report["violations"][:2], errors)
+    assert code == 0, why(report, errors)
     assert len(report["faults"]) >= 2
     assert report["staleness"]["stale"] == 0
 
@@ -110,7 +117,7 @@ def test_strict_in_one_directory_nobody_waits(socket_dir: Path) -> None:
     code, report, errors = simulate(
         socket_dir, "--seconds", "3", "--seed", "1", "--cache", "strict", "--workload", "same-directory"
     )
-    assert code == 0, (report["violations"][:2], errors)
+    assert code == 0, why(report, errors)
     assert {"create", "rename", "unlink"} <= set(report["longest"])
     assert report["writes"] > 50
 
@@ -141,13 +148,13 @@ def test_control_stale_reads_of_a_careless_strict_are_found_within_seconds(dange
 
 def test_prompt_is_stale_for_a_moment_at_most(socket_dir: Path) -> None:
     code, report, errors = simulate(socket_dir, "--seconds", "2", "--seed", "3", "--cache", "prompt")
-    assert code == 0, (report["violations"][:2], errors)
+    assert code == 0, why(report, errors)
     assert report["promise"] == "never older than the bound"
 
 
 def test_auto_is_stale_within_its_bound(socket_dir: Path) -> None:
-    code, report, _ = simulate(socket_dir, "--seconds", "3", "--seed", "2", "--cache", "auto")
-    assert code == 0, report["violations"][:2]
+    code, report, errors = simulate(socket_dir, "--seconds", "3", "--seed", "2", "--cache", "auto")
+    assert code == 0, why(report, errors)
     assert report["staleness"]["stale"] > 0
     assert report["staleness"]["max_ns"] > 10_000_000
 
