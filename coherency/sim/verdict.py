@@ -211,7 +211,7 @@ def _bounded(
 ) -> Finding | None:
     for read, age in zip(each.reads, ages, strict=True):
         if age is None:
-            if _is_misled(each.writes, read, bound_ns, calls):
+            if _is_misled(each, read, bound_ns, calls):
                 continue
             return Finding("saw what was never there", (read,))
         if age > bound_ns:
@@ -223,18 +223,26 @@ def _bounded(
     return None
 
 
-def _is_misled(writes: Sequence[Write], read: Read, bound_ns: int, calls: Sequence[Call]) -> bool:
+def _is_misled(each: Accesses, read: Read, bound_ns: int, calls: Sequence[Call]) -> bool:
     """Whether the guest itself had just renamed something to or from this name, or made the file longer.
 
     Its kernel then has under the new name what it believed to be under the old one, which may never have been there; and
-    it believes that the file ends where it would if the size had been what it believed in.
+    it believes that the file ends where it would if the size had been what it believed in. And a kernel that believes in an old
+    name may make with O_CREAT what it opens, so that nobody can tell by what was there before.
     """
+    if any(
+        calls[other.tag].step.op == "open-create"
+        and other.start_ns <= read.end_ns
+        and read.start_ns <= other.end_ns + bound_ns
+        for other in each.reads
+    ):
+        return True
     return any(
         write.start_ns <= read.end_ns
         and read.start_ns <= write.end_ns + bound_ns
         and calls[write.tag].step.op in _MISLEADING
         and calls[write.tag].guest == calls[read.tag].guest
-        for write in writes
+        for write in each.writes
         if write.tag >= 0
     )
 
