@@ -121,13 +121,18 @@ def _group(_context: click.Context, _parameter: click.Parameter, value: str | No
     help="Seconds that a change waits at most for a guest that caches in its kernel and does not answer.",
 )
 @click.option(
+    "--in-place",
+    is_flag=True,
+    help="Mount the export over SHARE itself, too, so that programs on the host go through it without knowing.",
+)
+@click.option(
     "--live-dangerously",
     type=click.Choice(DANGERS),
     help="Never bump a version, or never tell a guest to forget: guests WILL be stale. For demonstrations.",
 )
 @_verbose
 def serve(
-    share: Path, name: str, runtime_dir: Path, table: str, slots: int, group: int | None, lease: float,
+    share: Path, name: str, runtime_dir: Path, table: str, slots: int, group: int | None, lease: float, in_place: bool,
     live_dangerously: str | None, verbose: bool,
 ) -> None:  # fmt: skip
     """Serve the directory SHARE until SIGTERM or Ctrl-C.
@@ -136,6 +141,7 @@ def serve(
 
     \b
     coherency serve /srv/share --name work
+    coherency serve /srv/share --name work --in-place     # whoever uses /srv/share goes through the daemon
     coherency serve . --name test --runtime-dir /tmp/run
     """
     _log_to_stderr(verbose)
@@ -149,7 +155,7 @@ def serve(
         service = Service(
             ServiceOptions(
                 share.absolute(), name, runtime_dir.absolute(), posix_table=table == "posix", slot_count=slots, gid=group,
-                lease_ns=lease_ns, live_dangerously=live_dangerously,
+                lease_ns=lease_ns, in_place=in_place, live_dangerously=live_dangerously,
             )
         )  # fmt: skip
         second = threading.Event()
@@ -286,6 +292,8 @@ def _print_status(console: Console, report: dict[str, Any]) -> None:
             f"this one was killed, and {report['held_for_guests']} of its guests have not come back",
             soft_wrap=True,
         )
+    if report["in_place"] == "uncovered":
+        console.print("  [bold yellow]the mount over the share is gone: programs on the host change it directly now[/bold yellow]")
     for what in ("bumping", "recalling"):
         if report[what] != "on":
             console.print(f"  [bold red]{_SWITCHED_OFF[what]} are switched off: guests are stale[/bold red]")

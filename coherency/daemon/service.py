@@ -32,7 +32,8 @@ from coherency.daemon.origins import Origins
 from coherency.daemon.recalls import Recalls
 from coherency.daemon.runtime import Claim, RuntimeDirectory
 from coherency.daemon.server import ControlServer
-from coherency.errors import TableError, UsageError
+from coherency.errors import MountError, TableError, UsageError
+from coherency.fuse.mounts import place_of, remove_dead_mount
 from coherency.fuse.nodes import descriptor_budget
 from coherency.fuse.session import Session
 from coherency.leases import DEFAULT_LEASE_NS, agent_lease_ns
@@ -71,6 +72,7 @@ class ServiceOptions:
     slot_count: int = DEFAULT_SLOT_COUNT
     gid: int | None = None  # of whoever may be a guest, beside this user
     lease_ns: int = DEFAULT_LEASE_NS
+    in_place: bool = False
     live_dangerously: str | None = None  # one of DANGERS
 
 
@@ -138,6 +140,8 @@ class Service:
             raise
         undo.callback(self.session.close)
         self.session.start()
+        if options.in_place:
+            self.session.bind(str(options.share))
         undo.callback(self.server.close)
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         heart.start()
@@ -235,6 +239,7 @@ class Service:
             "name": self.options.name,
             "share": os.path.abspath(self.options.share),
             "export": str(self.directory.export),
+            "in_place": self._in_place(),
             "pid": os.getpid(),
             "uptime_ns": now_ns - self._started_at_ns,
             "epoch": table.epoch,
@@ -259,6 +264,10 @@ class Service:
             "held_ns": hold.left_ns,
             "held_for_guests": hold.guests,
         }
+
+
+    def _in_place(self) -> str:
+        return "off" if not self.options.in_place else "on" if self.session.is_everywhere() else "uncovered"
 
 
 def _only_daemon_of(share: int, path: Path) -> socket.socket:
@@ -291,6 +300,13 @@ def _mark(label: str, refusal: str) -> socket.socket:
 
 
 def _open_share(share: Path, directory: RuntimeDirectory) -> int:
+    try:
+        while remove_dead_mount(place_of(share)):
+            log.warning("removed from %s the mount of a daemon that was killed while it served in place", share)
+    except MountError as error:
+        raise UsageError(
+            f"{share} is a mount of ours already, a guest's or that of a daemon which serves in place: end that one first"
+        ) from error
     try:
         fd = os.open(share, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except NotADirectoryError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import threading
@@ -11,6 +12,8 @@ from typing import Final, NamedTuple
 
 from coherency.errors import MountError
 from coherency.fuse import syscalls
+
+log = logging.getLogger(__name__)
 
 FILE_SYSTEM_TYPE: Final = "fuse.coherency"
 _ANSWER_TIMEOUT_S: Final = 5.0
@@ -100,6 +103,33 @@ def remove_dead_mount(path: str | os.PathLike[str]) -> bool:
             f"{os.fspath(path)} is a mount of ours already: choose another mount point, or unmount that one first"
         )
     syscalls.umount(os.fsdecode(mount.path), syscalls.MNT_DETACH)
+    return True
+
+
+def detach(path: str, device: int) -> bool:
+    """Unmount what has this device number at ``path``, in use or not: who uses it gets errors from now on.
+
+    Nothing happens if somebody else has unmounted it. False: it stays, since another mount lies on it.
+    """
+    try:
+        there = mount_at(path)
+    except OSError as error:  # no descriptor is left for it
+        log.warning("what is mounted on %s cannot be read: %s", path, error)
+    else:
+        if there is None:
+            return True
+        if there.device != device:
+            log.warning("%s is covered by another mount, which stays", path)
+            return False
+    try:
+        syscalls.umount(path)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            return True  # somebody else has unmounted it meanwhile
+        try:
+            syscalls.umount(path, syscalls.MNT_FORCE | syscalls.MNT_DETACH)
+        except OSError as again:
+            log.warning("cannot unmount %s: %s", path, again)
     return True
 
 

@@ -31,7 +31,7 @@ from coherency.errors import FuseProtocolError, MountError
 from coherency.fuse import abi, codec, replies, syscalls
 from coherency.fuse.abi import InitFlag, Opcode
 from coherency.fuse.codec import Request
-from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mount_at, send_dirty_pages
+from coherency.fuse.mounts import FILE_SYSTEM_TYPE, detach, mount_at, mounts, send_dirty_pages
 from coherency.fuse.notifications import Notifications
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class Session(Notifications):
     def __init__(self, device: int, mountpoint: str, file_system: FileSystem, *, name: str, max_threads: int) -> None:
         super().__init__(device)
         self.mountpoint = mountpoint
+        self._places = [mountpoint]
         self.connection = 0  # the number under /sys/fs/fuse/connections
         self.protocol_minor = 0
         self._file_system, self._name, self._max_threads = file_system, name, max_threads
@@ -188,6 +189,20 @@ class Session(Notifications):
         """Begin to answer."""
         self._start_thread()
 
+    def bind(self, place: str) -> None:
+        """Let the same file system be seen at the directory ``place``, too, until it ends. ``MountError`` if that cannot be."""
+        place = os.path.realpath(place)
+        try:
+            syscalls.mount(self.mountpoint, place, "none", syscalls.MS_BIND, "")
+        except OSError as error:
+            raise MountError(f"cannot mount on {place}: {error.strerror} (mounting needs CAP_SYS_ADMIN)") from error
+        self._places.append(place)
+
+    def is_everywhere(self) -> bool:
+        """Whether it is still what is seen at each of its places. Asks no file system."""
+        seen = {mount.path: mount.device for mount in mounts()}  # the youngest at a path is the one that is seen
+        return all(seen.get(os.fsencode(place)) == self.connection for place in self._places)
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Until the connection is over (unmounted by anybody, or aborted); false if it is not within ``timeout_s``."""
         return self._over.wait(timeout_s)
@@ -234,27 +249,9 @@ class Session(Notifications):
                 return
 
     def _detach(self) -> bool:
-        """False: the mount stays, since another one lies on it."""
-        try:
-            there = mount_at(self.mountpoint)
-        except OSError as error:  # no descriptor is left for it
-            log.warning("what is mounted on %s cannot be read: %s", self.mountpoint, error)
-        else:
-            if there is None:
-                return True  # somebody else has unmounted it
-            if there.device != self.connection:
-                log.warning("%s is covered by another mount, which stays", self.mountpoint)
-                return False
-        try:
-            syscalls.umount(self.mountpoint)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                return True  # somebody else has unmounted it meanwhile
-            try:
-                syscalls.umount(self.mountpoint, syscalls.MNT_FORCE | syscalls.MNT_DETACH)
-            except OSError as again:
-                log.warning("cannot unmount %s: %s", self.mountpoint, again)
-        return True
+        """False: a mount stays, since another one lies on it."""
+        gone = [detach(place, self.connection) for place in reversed(self._places)]
+        return all(gone)
 
     # ---- serving ----
 

@@ -1,0 +1,160 @@
+"""serve --in-place: the export is seen at the share's own path, so whoever works there goes through the daemon."""
+
+import errno
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mount_at
+from tests.guests import Host
+from tests.mounts import coherency_mounts_below, detach
+from tests.waiting import until
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def host(make_socket_dir: Callable[[], Path]) -> Iterator[Host]:
+    with Host(make_socket_dir(), "--in-place") as host:
+        yield host
+
+
+def is_covered(path: Path) -> bool:
+    mount = mount_at(path)
+    return mount is not None and mount.kind == FILE_SYSTEM_TYPE
+
+
+def below(share: Path) -> list[str]:
+    """What lies in the share itself, seen through a mount of its parent on which nothing else is mounted."""
+    command = ["unshare", "--mount", "sh", "-c", 'umount -l "$1"; ls "$1"', "sh", str(share)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout.split()
+
+
+def test_a_change_at_the_share_s_own_path_is_strict(host: Host) -> None:
+    """It recalls and waits, as any change that goes through the export: the very next look is right."""
+    guest = host.mount("a", "strict")
+    file = host.share / "file"
+    file.write_text("one")
+    for size in range(4, 40):
+        assert (guest / "file").stat().st_size == file.stat().st_size  # a look that the guest's kernel keeps
+        waits = host.status()["waits"]
+        os.truncate(file, size)
+        assert (guest / "file").stat().st_size == size
+        assert host.status()["waits"] == waits + 1
+    assert os.listdir(guest) == os.listdir(host.share) == os.listdir(host.export) == below(host.share) == ["file"]
+
+
+def test_control_without_it_such_a_change_waits_for_nobody(make_socket_dir: Callable[[], Path]) -> None:
+    with Host(make_socket_dir()) as host:
+        guest = host.mount("a", "strict")
+        (host.share / "file").write_text("one")
+        assert (guest / "file").stat().st_size == 3
+        os.truncate(host.share / "file", 5)
+        assert host.status()["waits"] == 0
+        assert not is_covered(host.share)
+
+
+def test_it_ends_as_if_it_had_not_been(host: Host) -> None:
+    (host.share / "file").write_text("through the export")
+    assert is_covered(host.share)
+    assert host.daemon.stop() == 0
+    assert not is_covered(host.share)
+    assert not coherency_mounts_below([host.directory])
+    assert (host.share / "file").read_text() == "through the export"
+    host.serve()
+    assert (host.share / "file").read_text() == "through the export"
+
+
+def test_who_uses_it_does_not_keep_it_from_ending(host: Host) -> None:
+    """Somebody has his working directory there, and an open file with pages that are not written yet."""
+    file = host.share / "file"
+    file.write_bytes(b"old" * 4096)
+    opened = os.open(file, os.O_RDWR)
+    with subprocess.Popen(["sleep", "600"], cwd=host.share) as there, mmap.mmap(opened, 0) as pages:
+        try:
+            pages[:3] = b"new"
+            assert host.daemon.stop() == 0
+            assert not coherency_mounts_below([host.directory])
+            assert file.read_bytes()[:6] == b"newold"
+            with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+                os.close(opened)
+        finally:
+            there.kill()
+
+
+@pytest.mark.parametrize("again", [("--in-place",), ()], ids=["in-place", "not-in-place"])
+def test_what_a_killed_daemon_left_goes_away_with_the_next(host: Host, again: tuple[str, ...]) -> None:
+    guest = host.mount("a", "strict")
+    (host.share / "file").write_text("one")
+    assert (guest / "file").read_text() == "one"
+    host.daemon.kill()
+    with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+        os.listdir(host.share)
+    host.serve_options = again
+    host.serve()
+    assert is_covered(host.share) == bool(again)
+    assert (host.share / "file").read_text() == "one"
+
+    def follows() -> bool:
+        try:
+            return (guest / "file").read_text() == "one"
+        except OSError:
+            return False
+
+    until(follows)
+    if again:
+        (host.share / "file").write_text("twofold")
+        assert (guest / "file").stat().st_size == 7
+    assert host.daemon.stop() == 0
+    assert not is_covered(host.share)
+
+
+def test_killed_and_started_at_once(host: Host) -> None:
+    """The next one may come before the kernel has taken the killed one down."""
+    for turn in range(3):
+        (host.share / f"{turn}").touch()
+        host.daemon.kill()
+        host.serve()
+    assert sorted(os.listdir(host.share)) == ["0", "1", "2"]
+
+
+def serve_elsewhere(host: Host, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["coherency", "serve", host.share, "--name", "other", "--runtime-dir", directory, *options]
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_a_second_daemon_is_told_what_it_met(host: Host, make_socket_dir: Callable[[], Path]) -> None:
+    got = serve_elsewhere(host, make_socket_dir())
+    assert got.returncode == 2
+    assert "is a mount of ours already" in got.stderr
+    (host.share / "file").touch()  # and the first one goes on
+    assert below(host.share) == ["file"]
+
+
+def test_a_symlink_to_the_share_will_do(make_socket_dir: Callable[[], Path]) -> None:
+    directory = make_socket_dir()
+    (directory / "real").mkdir()
+    (directory / "share").symlink_to("real")
+    with Host(directory, "--in-place") as host:
+        assert is_covered(directory / "real")
+        (host.share / "file").touch()
+        assert os.listdir(host.export) == ["file"]
+        assert host.daemon.stop() == 0
+        assert not is_covered(directory / "real")
+        assert os.listdir(directory / "real") == ["file"]
+
+
+def test_the_status_says_when_somebody_has_uncovered_it(host: Host) -> None:
+    assert host.status()["in_place"] == "on"
+    detach(host.share)
+    assert host.status()["in_place"] == "uncovered"
+    assert host.daemon.stop() == 0
