@@ -51,6 +51,10 @@ class HeldKernel:
         self._session, self._gate = session, gate
         self.entries = 0
 
+    @property
+    def is_gone(self) -> bool:
+        return self._session.is_gone
+
     def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
         self._gate.pass_through()
         return self._session.invalidate_inode(node, offset, length)

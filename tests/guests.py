@@ -62,6 +62,13 @@ class Program:
         self.process.wait(STOP_TIMEOUT_S)
         self._close()
 
+    def ended(self) -> int:
+        """Its exit code, once it has ended by itself."""
+        try:
+            return self.process.wait(STOP_TIMEOUT_S)
+        finally:
+            self._close()
+
     def wait_until_killed(self) -> None:
         """Of a doomed one."""
         assert self.process.wait(STOP_TIMEOUT_S) == -signal.SIGKILL, self.logged()

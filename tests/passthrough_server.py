@@ -135,6 +135,12 @@ class Server:
     def invalidate_entry(self, parent: int, name: str, expire_only: bool = False) -> bool:
         return self._session.invalidate_entry(NodeId(parent), os.fsencode(name), expire_only=expire_only)
 
+    def is_unknown(self) -> bool:
+        return self._session.is_unknown()
+
+    def is_gone(self) -> bool:
+        return self._session.is_gone
+
     def increment_epoch(self) -> bool:
         return self._session.increment_epoch()
 

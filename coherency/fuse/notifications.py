@@ -16,12 +16,16 @@ from coherency.ids import NodeId
 _NOTHING_TO_FORGET: Final = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL)  # EINVAL: no such notification
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF)
 
+_ROOT: Final = replies.encode_inval_inode(NodeId(abi.ROOT_ID), -1, 0)
+_FORGET_ROOT: Final = replies.reply_header(0, len(_ROOT), -abi.Notify.INVAL_INODE) + _ROOT
+
 
 class Notifications:
     """The notifications of one connection; from any thread."""
 
     def __init__(self, device: int) -> None:
         self.init_flags = InitFlag(0)
+        self.is_gone = False  # nothing is mounted any more, so the kernel knows nothing
         self._device = device
 
     def duplicate_device(self) -> int:
@@ -47,6 +51,14 @@ class Notifications:
     def increment_epoch(self) -> bool:
         """The kernel looks every name up again. False: it is older than protocol 7.44 and cannot."""
         return self._notify(abi.Notify.INC_EPOCH, b"")
+
+    def is_unknown(self) -> bool:
+        """Whether the kernel does not know the root any more: it has ended the last mount. An aborted connection can still be mounted."""
+        try:
+            os.write(self._device, _FORGET_ROOT)
+        except OSError as error:
+            return error.errno == errno.ENOENT
+        return False
 
     def _notify(self, code: abi.Notify, payload: bytes) -> bool:
         try:

@@ -120,7 +120,6 @@ class Session(Notifications):
         self._setxattr_ext = False
         self._over = threading.Event()
         self._closing = False
-        self._aborted = False
 
     # ---- life ----
 
@@ -224,7 +223,7 @@ class Session(Notifications):
                 return
             if not self._ever_started:
                 self._finish()
-        elif first and self._aborted:
+        elif first and not self.is_gone:
             self._detach()  # an aborted connection is over, its mount is still there
         self._over.wait(grace_s)
         for thread in list(self._threads):
@@ -285,8 +284,6 @@ class Session(Notifications):
                 except OSError as error:
                     if error.errno in _NOTHING_READ:
                         continue
-                    if error.errno == errno.ECONNABORTED:
-                        self._aborted = True
                     if error.errno not in _GONE:
                         log.error("cannot read requests for %s: %s", self.mountpoint, error)
                     return
@@ -318,6 +315,7 @@ class Session(Notifications):
         try:
             self._file_system.close()
         finally:
+            self.is_gone = self.is_unknown()
             device, self._device = self._device, -1  # who still has something to notify finds nothing
             os.close(device)
             self._over.set()

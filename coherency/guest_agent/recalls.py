@@ -40,6 +40,8 @@ _CLOSE_S: Final = 1.0
 class Kernel(Protocol):
     """What is needed of a session."""
 
+    @property
+    def is_gone(self) -> bool: ...
     def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool: ...
     def invalidate_entry(self, parent: NodeId, name: bytes) -> bool: ...
     def increment_epoch(self) -> bool: ...
@@ -102,6 +104,8 @@ class Recalls:
         return forgotten
 
     def _drop(self, names: list[GrantedName]) -> bool:
+        if self._kernel.is_gone:
+            return True
         if self.danger == "inval-entry":
             for parent, name, _ in names:
                 self._kernel.invalidate_entry(parent, name)

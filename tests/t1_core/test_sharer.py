@@ -31,7 +31,7 @@ class Kernel:
     """Writes down what it is told to forget, in the order of all that happens."""
 
     def __init__(self, happened: list[Any]) -> None:
-        self.happened, self.has_epochs = happened, False
+        self.happened, self.has_epochs, self.is_gone = happened, False, False
         self.pages: queue.Queue[NodeId] = queue.Queue()
 
     def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
@@ -306,6 +306,16 @@ def test_the_guest_is_not_clean_before_it_is_or_everything_has_lapsed(world: Wor
     assert not world.sharer.is_clean()
     world.now_ns = world.grants.lapses_ns + 1
     assert world.sharer.is_clean()
+
+
+def test_a_guest_whose_mount_is_gone_is_clean(world: World) -> None:
+    """There is no kernel any more that could answer, and no mount in which a helper could drop names."""
+    world.grant(NAME)
+    world.helpers.work = False
+    world.kernel.is_gone = True
+    world.sharer.lost()
+    assert world.sharer.is_clean()
+    assert world.happened == [NODE]
 
 
 def test_what_was_not_used_for_long_is_released(world: World) -> None:

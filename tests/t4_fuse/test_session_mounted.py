@@ -256,3 +256,22 @@ def test_what_lies_on_top_is_not_unmounted(mount: Served) -> None:
     assert (mount.mountpoint / "on top").exists()
     subprocess.run(["umount", mount.mountpoint], check=True)
     subprocess.run(["umount", mount.mountpoint], check=True)
+
+
+def test_an_unmounted_file_system_is_known_to_be_gone(mount: Served) -> None:
+    assert not mount.ask("is_unknown")
+    os.stat(mount.mountpoint)
+    subprocess.run(["umount", mount.mountpoint], check=True, timeout=60)
+    eventually(lambda: mount.ask("is_gone"))
+
+
+def test_an_aborted_one_that_is_still_mounted_is_not(mount: Served) -> None:
+    """Its kernel may go on answering from memory."""
+    fd = os.open(mount.mountpoint, os.O_RDONLY)
+    try:
+        subprocess.run(["umount", "--force", mount.mountpoint], check=False, timeout=60, capture_output=True)
+        eventually(lambda: mount.ask("is_over"))
+        assert not mount.ask("is_gone")
+        assert is_mounted(mount.mountpoint)
+    finally:
+        os.close(fd)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.waiting import until
 
 LEASE_S = 1.0
 LONG_LEASE_S = 10.0
+PATIENCE_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +222,18 @@ def test_unmounting_says_goodbye_and_nobody_waits(hasty: Host, file: str) -> Non
     began_s = time.monotonic()
     os.chmod(hasty.export / file, 0o600)
     assert time.monotonic() - began_s < LEASE_S / 2
+
+
+def test_whoever_unmounts_a_guest_nobody_waits_for_it(socket_dir: Path) -> None:
+    """The agent finds its mount gone, and says goodbye, since no kernel has anything any more. (Otherwise: one lease of ten seconds.)"""
+    with Host(socket_dir) as host:
+        (host.export / "file").write_text("file")
+        guest = host.mount("guest", "strict")
+        for _ in range(5):
+            os.stat(guest / "file")
+        assert host.status()["keys_held"]
+        subprocess.run(["umount", guest], check=True, timeout=PATIENCE_S)
+        assert host.guests.pop("guest").ended() == 1
+        assert not host.status()["lost_guests"]
+        os.chmod(host.export / "file", 0o600)
+        assert not host.status()["waits"]
