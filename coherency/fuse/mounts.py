@@ -122,12 +122,13 @@ def detach(path: str, device: int) -> bool:
             log.warning("%s is covered by another mount, which stays", path)
             return False
     try:
-        syscalls.umount(path)
+        # By force, which ends the connection: copies of the mount in other mount namespaces may outlive this one.
+        syscalls.umount(path, syscalls.MNT_FORCE)
     except OSError as error:
         if error.errno != errno.EBUSY:
             return True  # somebody else has unmounted it meanwhile
         try:
-            syscalls.umount(path, syscalls.MNT_FORCE | syscalls.MNT_DETACH)
+            syscalls.umount(path, syscalls.MNT_DETACH)
         except OSError as again:
             log.warning("cannot unmount %s: %s", path, again)
     return True

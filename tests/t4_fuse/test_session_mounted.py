@@ -258,6 +258,20 @@ def test_what_lies_on_top_is_not_unmounted(mount: Served) -> None:
     subprocess.run(["umount", mount.mountpoint], check=True)
 
 
+def test_a_copy_in_another_mount_namespace_does_not_keep_it(mount: Served) -> None:
+    """As every container has that was started while it was mounted, unless mounts propagate there."""
+    (mount.mountpoint / "f").touch()
+    with subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "600"]) as elsewhere:
+        try:
+            eventually(lambda: os.readlink(f"/proc/{elsewhere.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"))
+            began_s = time.monotonic()
+            mount.ask("close")
+            assert mount.ask("is_over")
+            assert time.monotonic() - began_s < PROMPTLY_S
+        finally:
+            elsewhere.kill()
+
+
 def test_an_unmounted_file_system_is_known_to_be_gone(mount: Served) -> None:
     assert not mount.ask("is_unknown")
     os.stat(mount.mountpoint)
