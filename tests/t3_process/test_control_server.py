@@ -322,7 +322,7 @@ def test_two_hundred_connections_leave_no_descriptor(daemon: ControlDaemon) -> N
         invalidate(daemon.root, daemon.name)
     until(lambda: daemon.server.statistics().peers == 0)
     assert daemon.server.statistics().opened >= 200
-    until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # less: something of an earlier test has gone meanwhile
 
 
 @pytest.mark.expected_logs(DROPPED + "too many connections")
