@@ -24,39 +24,30 @@ from rich.table import Table
 
 from coherency import __version__
 from coherency.cli_check import check_command
-from coherency.cli_messages import errors_as_messages, finite_seconds, json_option
+from coherency.cli_messages import errors_as_messages, finite_seconds, json_option, runtime_dir_option
 from coherency.cli_simulate import simulate_command
+from coherency.cli_vm import evict_command, link_of, vm_args_command
 from coherency.daemon.leasing import GRANTING_MODES
 from coherency.daemon.service import DANGERS, Service, ServiceOptions
 from coherency.demo import Demo, Step
 from coherency.errors import CoherencyError, DaemonUnavailable, UsageError
-from coherency.guest_agent.api import RUNTIME_ROOT_VARIABLE
 from coherency.guest_agent.cache import DEFAULT_CAPACITY
 from coherency.guest_agent.client import fetch_status, invalidate, served_names
 from coherency.guest_agent.mount import DEFAULT_MODE, MODES, GuestMount, MountOptions
 from coherency.guest_agent.recalls import DANGERS as DANGERS_OF_MOUNT
 from coherency.leases import DEFAULT_LEASE_NS, LONGEST_LEASE_NS, SHORTEST_LEASE_NS
-from coherency.rendezvous import DEFAULT_RUNTIME_ROOT
 from coherency.shm_abi import MAX_SLOT_COUNT
 from coherency.shm_table import DEFAULT_SLOT_COUNT, require_platform
 
 _SECOND_NS: Final = 1_000_000_000
 _LOOK_EVERY_S: Final = 0.2
 _NO_GROUP: Final = (1 << 32) - 1
-_GUEST_COLUMNS: Final = ("pid", "cache", "hits", "misses", "refreshes", "host trips", "entries")
+_GUEST_COLUMNS: Final = ("in", "pid", "cache", "hits", "misses", "refreshes", "host trips", "entries")
 _GRANT_COLUMNS: Final = ("keys", "recalls", "unacked", "lease")
+_PLACES: Final = {"socket": "local", "serial": "vm"}
 _SWITCHED_OFF: Final = {"bumping": "bumps", "recalling": "recalls"}
 _WIDE_COLUMNS: Final = 200  # of what is no terminal: a line of the table stays a line
 
-_runtime_dir = click.option(
-    "--runtime-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=DEFAULT_RUNTIME_ROOT,
-    envvar=RUNTIME_ROOT_VARIABLE,
-    show_default=True,
-    show_envvar=True,
-    help="The parent of the daemons' directories.",
-)
 _verbose = click.option(
     "-v", "--verbose", is_flag=True, help="Log what happens to standard error, not only what is wrong."
 )
@@ -76,6 +67,7 @@ def main() -> None:
     \b
     coherency serve /srv/share --name work         # on the host: the daemon
     coherency mount work /mnt/a                    # a guest on the same machine
+    coherency vm-args work --guest vm1             # a virtual machine as a guest: QEMU's options
     coherency status work                          # who is there, hits and refreshes
     coherency demo                                 # see it at work, nothing to prepare
     """
@@ -96,7 +88,7 @@ def _group(_context: click.Context, _parameter: click.Parameter, value: str | No
 @main.command()
 @click.argument("share", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="What guests call the share.")
-@_runtime_dir
+@runtime_dir_option
 @click.option(
     "--table",
     type=click.Choice(["memfd", "posix"]),
@@ -194,17 +186,38 @@ def serve(
     help="Take back wrongly what the kernel was allowed: this guest WILL be stale. For demonstrations.",
 )
 @click.option("--guest", help="What the daemon calls this guest. [default: host name and process id]")
-@_runtime_dir
+@click.option(
+    "--lower",
+    type=click.Path(path_type=Path),
+    help="Where the export is to be seen, if not where the daemon has mounted it: in a virtual machine, the mount of virtiofs.",
+)
+@click.option(
+    "--control",
+    default="socket",
+    show_default=True,
+    metavar="socket|virtio-serial[:PORT]",
+    help="How to reach the daemon: by its socket, or from a virtual machine by a virtio-serial port. [default PORT: coherency.0]",
+)
+@click.option(
+    "--table",
+    type=click.Choice(["control", "pci"]),
+    default="control",
+    show_default=True,
+    help="Where the version table is: it comes with the control channel, or in a virtual machine by a PCI device (ivshmem).",
+)
+@runtime_dir_option
 @_verbose
 def mount(
     name: str, mountpoint: Path, cache: str, timeout: float | None, writeback: bool, entries: int,
-    live_dangerously: str | None, guest: str | None, runtime_dir: Path, verbose: bool,
+    live_dangerously: str | None, guest: str | None, lower: Path | None, control: str, table: str, runtime_dir: Path,
+    verbose: bool,
 ) -> None:  # fmt: skip
     """Mount the share NAME on MOUNTPOINT as a guest of its own, until SIGTERM or Ctrl-C.
 
     \b
     coherency mount work /mnt/a
     coherency mount work /mnt/b --cache auto --timeout 0.5
+    coherency mount work /mnt/work --lower /mnt/share --table pci --control virtio-serial   # in a virtual machine
     """
     _log_to_stderr(verbose)
     with errors_as_messages():
@@ -213,7 +226,7 @@ def mount(
         guest_mount = GuestMount(
             MountOptions(
                 name, mountpoint.absolute(), runtime_dir.absolute(), cache, timeout_ns, writeback, guest, entries,
-                danger=live_dangerously or "",
+                danger=live_dangerously or "", lower=lower and lower.absolute(), link=link_of(name, control, table, lower),
             )
         )  # fmt: skip
         _run(guest_mount, f"mounted '{name}' on {mountpoint} ({cache})", guest_mount.close, threading.Event())
@@ -238,7 +251,7 @@ def _run(thing: Service | GuestMount, ready: str, close: Callable[[], None], sec
 
 @main.command()
 @click.argument("name", required=False)
-@_runtime_dir
+@runtime_dir_option
 @json_option
 def status(name: str | None, runtime_dir: Path, as_json: bool) -> None:
     """Show the daemon NAME, or all daemons: guests, hits, misses, refreshes, bumps, epoch, table.
@@ -304,7 +317,8 @@ def _print_status(console: Console, report: dict[str, Any]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for guest in report["guests"]:
         name = f"  {guest['name']}" + ("" if guest["answered"] else " (silent)")
-        numbers = [guest[key] for key in ("pid", "mode", "hits", "misses", "refreshes", "lower_requests", "entries")]
+        numbers = [_PLACES[guest["line"]]]
+        numbers += [guest[key] for key in ("pid", "mode", "hits", "misses", "refreshes", "lower_requests", "entries")]
         if granting:
             numbers += [guest[key] for key in _GRANT_COLUMNS[:-1]] + [f"{guest['lease_left_ns'] / _SECOND_NS:.1f} s"]
         table.add_row(escape(name), *map(str, numbers))
@@ -313,7 +327,7 @@ def _print_status(console: Console, report: dict[str, Any]) -> None:
 
 @main.command("invalidate")
 @click.argument("name")
-@_runtime_dir
+@runtime_dir_option
 @json_option
 def invalidate_command(name: str, runtime_dir: Path, as_json: bool) -> None:
     """Begin a new epoch: every guest of NAME fetches afresh whatever it uses next.
@@ -369,4 +383,6 @@ def _print_step(console: Console, step: Step) -> None:
 
 
 main.add_command(check_command)
+main.add_command(evict_command)
+main.add_command(vm_args_command)
 main.add_command(simulate_command)

@@ -1,19 +1,31 @@
-"""What all commands have in common: how errors become messages and exit codes, and the option ``--json``."""
+"""What all commands have in common: how errors become messages and exit codes, and the options that many have."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final, NoReturn
 
 import click
 
 from coherency.errors import CoherencyError, UsageError
+from coherency.guest_agent.api import RUNTIME_ROOT_VARIABLE
+from coherency.rendezvous import DEFAULT_RUNTIME_ROOT
 
 _MAX_SECONDS: Final = 10**9
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+runtime_dir_option = click.option(
+    "--runtime-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_RUNTIME_ROOT,
+    envvar=RUNTIME_ROOT_VARIABLE,
+    show_default=True,
+    show_envvar=True,
+    help="The parent of the daemons' directories.",
+)
 
 
 @contextmanager

@@ -56,6 +56,16 @@ class DaemonUnavailable(CoherencyError):
         )
 
 
+class LineUnavailable(DaemonUnavailable):
+    """In a virtual machine: there is no serial line to the daemon, it is taken, or the host's end of it is closed.
+
+    The operator looks at the options of QEMU; an agent that was connected tries again later.
+    """
+
+    def __str__(self) -> str:
+        return f"no line to the daemon of '{self.name}': {self.reason}"
+
+
 class MountError(CoherencyError):
     """A mount could not be made or removed.  The operator looks at the reason (rights, /dev/fuse, mount point)."""
 

@@ -4,10 +4,10 @@ The normative text is `docs/spec/control.md`; a test compares its tables with th
 
 Rules:
 
-1. A frame is header and payload; it is looked at only when it is complete and its checksum is right.
-2. Whatever bytes arrive, in whatever pieces, the outcome is messages or a `PeerError`, and the memory needed is bounded
-   by one frame, one read and `MAX_ITEMS` objects per nesting level of msgpack.
-3. A message that leaves `Decoder.feed` has the right number of fields, each of the right kind, length and range.
+1. A frame is header and payload; `protocol_stream` cuts streams into frames.
+2. Whatever a payload holds, the outcome is a message or a `PeerError`, and the memory needed is bounded by `MAX_ITEMS`
+   objects per nesting level of msgpack.
+3. A message that leaves `decode_payload` has the right number of fields, each of the right kind, length and range.
    Nobody behind it checks again.
 4. The first field of every message that may open a connection, and of `Welcome`, is the protocol version, in every
    version of the protocol; it is judged before the others.
@@ -24,7 +24,7 @@ from typing import Annotated, Any, Final, NamedTuple, get_args, get_type_hints
 
 import msgpack
 
-from coherency.errors import FrameError, MessageError, PeerError, ProtocolVersionError
+from coherency.errors import MessageError, ProtocolVersionError
 from coherency.ids import GrantKey
 from coherency.leases import MAX_KEYS_PER_MESSAGE
 from coherency.protocol_fields import MAX_ITEMS, Choice, Flag, Keys, Kind, Path, Report, ReportValue, Text, Unsigned
@@ -44,9 +44,13 @@ MAX_PAYLOAD_BYTES: Final = MAX_FRAME_BYTES - HEADER.size
 MODES: Final = ("none", "auto", "always", "access", "prompt", "strict")
 """What a guest may say about its cache: design section 5."""
 
+LINES: Final = ("socket", "serial")
+"""How a guest is connected: by a socket of its own, or by a serial line that outlives it (virtio-serial in a VM)."""
+
 U32 = Annotated[int, Unsigned(32)]
 U64 = Annotated[int, Unsigned(64)]
 ModeField = Annotated[str, Choice(MODES)]
+LineField = Annotated[str, Choice(LINES)]
 PathField = Annotated[str, Path()]
 SHORT_TEXT_BYTES: Final = 64
 ShortText = Annotated[str, Text(1, SHORT_TEXT_BYTES)]
@@ -62,6 +66,7 @@ class RefusalCode(IntEnum):
     FAULT = 4
     LATE = 5
     INTERNAL = 6
+    UNKNOWN = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +74,21 @@ class Hello:
     """A guest introduces itself.  `pid` is its own idea of its process id: in a VM it is nobody's on the host.
 
     `former` is the session of its connection before this one, 0 if there was none.  Saying hello asserts that the
-    guest's kernel has nothing any more of what was granted then.
+    guest's kernel has nothing any more of what was granted then.  `nonce` comes back in the Welcome.
     """
 
     name: ShortText
     pid: U32
     mode: ModeField
     former: U64
+    line: LineField = "socket"
+    nonce: U64 = 0
     protocol: U32 = field(default=PROTOCOL_VERSION, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The daemon takes the guest in; the frame carries the table's read-only descriptor.
+    """The daemon takes the guest in; the frame carries the table's read-only descriptor, except on a serial line.
 
     `session` is random and never 0.  `lease_ns` is how long the guest may grant, counted from the sending of its Hello
     and of each Renew that is answered.
@@ -96,6 +103,7 @@ class Welcome:
     trust_ns: U64
     share: PathField
     export: PathField
+    nonce: U64 = 0
     protocol: U32 = field(default=PROTOCOL_VERSION, kw_only=True)
 
 
@@ -157,6 +165,7 @@ class GuestReport:
     recalls: U64
     unacked: U64
     lease_left_ns: U64
+    line: LineField = "socket"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +187,21 @@ class Invalidated:
     """It is: nothing cached before this epoch validates any more."""
 
     epoch: U64
+
+
+@dataclass(frozen=True, slots=True)
+class EvictRequest:
+    """The operator wants a guest to go: all of this name, or the one with this id."""
+
+    guest: ShortText
+    protocol: U32 = field(default=PROTOCOL_VERSION, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EvictReply:
+    """They have gone, and their kernels have nothing any more of what was granted."""
+
+    guests: U32
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +285,8 @@ Message = (
     | StatusReply
     | InvalidateRequest
     | Invalidated
+    | EvictRequest
+    | EvictReply
     | Register
     | Confirm
     | Release
@@ -303,6 +329,8 @@ CATALOGUE: Final = (
     Entry(0x22, StatusReply, (Side.DAEMON,)),
     Entry(0x23, InvalidateRequest, (Side.OPERATOR,), (Invalidated, Refusal)),
     Entry(0x24, Invalidated, (Side.DAEMON,)),
+    Entry(0x25, EvictRequest, (Side.OPERATOR,), (EvictReply, Refusal)),
+    Entry(0x26, EvictReply, (Side.DAEMON,)),
     Entry(0x30, Register, (Side.GUEST,), (Confirm,)),
     Entry(0x31, Confirm, (Side.DAEMON,)),
     Entry(0x32, Release, (Side.GUEST,)),
@@ -376,75 +404,3 @@ def decode_payload(payload: bytes) -> Message:
     build: Any = layout.message
     message: Message = build(**arguments)
     return message
-
-
-class DecoderStatistics(NamedTuple):
-    """`frames` and `received_bytes` since the start; `held_bytes` now."""
-
-    frames: int
-    received_bytes: int
-    held_bytes: int
-
-
-class Decoder:
-    """Cuts one peer's stream into messages.  Not for several threads at once."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._fault: PeerError | None = None
-        self._frames = 0
-        self._received_bytes = 0
-
-    @property
-    def at_boundary(self) -> bool:
-        """True if no frame has been begun: a stream that ends elsewhere was cut off."""
-        return not self._buffer
-
-    def feed(self, data: bytes) -> list[Message]:
-        """The messages completed by `data`, in their order.
-
-        Raises `PeerError` as soon as the bytes cannot become messages any more, and from then on at every call: the
-        stream has no later point that could be trusted.  Messages that came in the same call are lost with it.
-        """
-        if self._fault is not None:
-            raise self._fault
-        self._received_bytes += len(data)
-        self._buffer += data
-        messages = []
-        try:
-            while (payload := self._take_payload()) is not None:
-                messages.append(decode_payload(payload))
-                self._frames += 1
-        except PeerError as fault:
-            self._fault = fault
-            self._buffer.clear()
-            raise
-        return messages
-
-    def _take_payload(self) -> bytes | None:
-        held = self._buffer
-        if not MAGIC.startswith(held[: len(MAGIC)]):
-            raise FrameError("a frame without the magic")
-        if len(held) >= HEADER.size - 4:
-            length_bytes = int.from_bytes(held[4:8], "little")
-            if length_bytes > MAX_PAYLOAD_BYTES:
-                raise FrameError(f"a payload of {length_bytes} bytes, at most {MAX_PAYLOAD_BYTES} are allowed")
-            end = HEADER.size + length_bytes
-            if len(held) >= end:
-                checksum = int.from_bytes(held[8:12], "little")
-                payload = bytes(held[HEADER.size : end])
-                del held[:end]
-                if zlib.crc32(payload) != checksum:
-                    raise FrameError("a payload with another checksum than its header says")
-                return payload
-        return None
-
-    def check(self) -> None:
-        """Assert rule 2: between calls less than one frame is held, and nothing after a fault."""
-        assert len(self._buffer) < MAX_FRAME_BYTES, self
-        assert self._fault is None or not self._buffer, self
-        assert self._frames * HEADER.size + len(self._buffer) <= self._received_bytes, self
-
-    def statistics(self) -> DecoderStatistics:
-        """A frozen copy of the counters."""
-        return DecoderStatistics(self._frames, self._received_bytes, len(self._buffer))

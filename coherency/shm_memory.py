@@ -8,7 +8,9 @@ It knows bytes, not fields.  Rules:
 2. Others get a descriptor opened read-only.  It is the seals that protect a memfd: /proc lets its holder open it again.
 3. A reader maps a memfd only if it cannot shrink: reading beyond its end would kill the reader with SIGBUS.
 4. A POSIX object cannot be sealed.  Its file mode keeps others from writing; its owner's user and root are trusted.
-5. An existing POSIX object is taken over only if nobody but its owner could ever have opened it for writing.
+5. In a virtual machine the memory is a region of a PCI device (BAR), found in sysfs.  It cannot shrink; whoever may map it
+   is trusted not to write, and what is written there does not reach the host, which gave it to the device read-only.
+6. An existing POSIX object is taken over only if nobody but its owner could ever have opened it for writing.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import fcntl
 import mmap
 import os
 import stat
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import posix_ipc
@@ -142,7 +145,7 @@ def create_posix(name: str, size_bytes: int, *, gid: int | None = None) -> Owned
     """Return the POSIX shared-memory object `name` ("/..."), mode 0440, group `gid` if one is given.
 
     An object of that name is taken over (`existed`) if it has the same size, is ours, and could not be written by
-    others (rule 5); otherwise it is unlinked, and a new one made.  Its readers then keep the abandoned memory.  The
+    others (rule 6); otherwise it is unlinked, and a new one made.  Its readers then keep the abandoned memory.  The
     caller makes sure, by a lock on something else, that no living daemon serves from it.  Raises `OSError` if the name
     belongs to another user, and `ValueError` if it is no name of an object.
     """
@@ -185,6 +188,48 @@ def map_read_only(fd: int, size_bytes: int | None) -> MappedMemory:
         return MappedMemory(fd, actual_bytes)
     except OSError as error:
         raise TableError(f"the shared memory cannot be mapped: {error.strerror}") from error
+
+
+def pci_devices(vendor: int, device: int, root: Path) -> list[Path]:
+    """The PCI devices of this kind, as directories below `root`, which is that of sysfs."""
+    wanted = (vendor, device)
+    return [each for each in sorted(root.glob("*")) if (_pci_id(each / "vendor"), _pci_id(each / "device")) == wanted]
+
+
+def map_pci_region(device: Path, region: int, size_bytes: int) -> MappedMemory:
+    """Map the beginning of a PCI device's memory region read-only; the region may be larger.
+
+    Raises `TableError` if the device has no such memory, or it cannot be mapped.
+    """
+    path = device / f"resource{region}"
+    try:
+        _enable_pci(device / "enable")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise TableError(f"the shared memory {error.filename or path} cannot be opened: {error.strerror}") from error
+    try:
+        actual_bytes = os.fstat(fd).st_size
+        if actual_bytes < size_bytes:
+            raise TableError(f"the shared memory {path} has {actual_bytes} bytes instead of {size_bytes}")
+        return MappedMemory(fd, size_bytes)
+    except OSError as error:
+        hint = "; a kernel in lockdown mode forbids it" if error.errno == errno.EPERM else ""
+        raise TableError(f"the shared memory {path} cannot be mapped: {error.strerror}{hint}") from error
+    finally:
+        os.close(fd)
+
+
+def _pci_id(path: Path) -> int | None:
+    try:
+        return int(path.read_text(), 16)
+    except (OSError, ValueError):
+        return None
+
+
+def _enable_pci(path: Path) -> None:
+    """A device without a driver does not answer before it is enabled.  The kernel counts how often that was asked for."""
+    if path.read_text().strip() == "0":
+        path.write_text("1")
 
 
 def _open_existing_posix(name: str, size_bytes: int) -> int | None:

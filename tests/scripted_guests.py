@@ -12,7 +12,6 @@ from coherency.ids import GrantKey
 from coherency.protocol import (
     Ack,
     Confirm,
-    Decoder,
     Goodbye,
     Hello,
     Message,
@@ -25,6 +24,7 @@ from coherency.protocol import (
     Welcome,
     encode,
 )
+from coherency.protocol_stream import Decoder
 
 PATIENCE_S = 20.0
 Kind = TypeVar("Kind", bound=Message)

@@ -11,8 +11,9 @@ from coherency.daemon.peer_states import Credentials, PeerId
 from coherency.daemon.switchboard import Limits, Switchboard
 from coherency.ids import Epoch
 from coherency.leases import MAX_KEYS_PER_GUEST
-from coherency.protocol import Decoder, Hello, Message, Refusal, RefusalCode, Welcome, encode
+from coherency.protocol import Hello, Message, Refusal, RefusalCode, Welcome, encode
 from coherency.protocol_fields import ReportValue
+from coherency.protocol_stream import Decoder
 from tests.control_messages import REPORT
 
 OWN_UID = 1000

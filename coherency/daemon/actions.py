@@ -8,11 +8,12 @@ from coherency.daemon.peer_states import PeerId
 
 
 class Send(NamedTuple):
-    """Send `frame`.  If `joined` is not empty this is a Welcome: log who joined, and send the table's descriptor."""
+    """Send `frame`.  If `joined` is not empty this is a Welcome: log who joined.  The table's descriptor goes along if asked for."""
 
     peer: PeerId
     frame: bytes
     joined: str = ""
+    with_table: bool = False
 
 
 class Drop(NamedTuple):
@@ -28,7 +29,7 @@ class Drop(NamedTuple):
 
 
 class Note(NamedTuple):
-    """Log that something happened to somebody who is not connected any more."""
+    """Log that something happened to a guest that is none any more."""
 
     who: str
     what: str

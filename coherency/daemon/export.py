@@ -4,8 +4,8 @@ The bump matrix (``docs/spec/bump-matrix.md``) is the sum of what :class:`~coher
 into ``changing``. The kernel gets no cache time: a reader that has just compared versions must not be answered from
 the host's own cache, which learns of a change only after the writer has got its reply.
 
-A look-up of the introduction of a guest that is here, in the root, tells which process works for that guest, and finds
-nothing (``docs/spec/control.md``, section 8).
+A look-up of the introduction of a guest that is here, in the root, tells which process works for that guest; the error that
+it gets tells the guest that it was heard (``docs/spec/control.md``, section 8).
 """
 
 from __future__ import annotations
@@ -41,5 +41,5 @@ class Export(Passthrough):
         if request.node == ROOT_ID and self._origins is not None:
             session = introduced(request.body.name)
             if session is not None and self._origins.introduce(session, request.pid):
-                raise FileNotFoundError(errno.ENOENT, "an introduction")
+                raise OSError(errno.EISCONN, "an introduction")
         return super().lookup(request)

@@ -11,6 +11,7 @@ Rules:
 5. Who names a former session must be of the same user as who had it.
 6. A Renew from a guest that owes acks is answered as soon as those are there that it owed *then*, and counts from its own
    arrival; of several the last is answered.  So a guest that is recalled all the time keeps its lease, and one that never acks does not.
+7. A guest that is being evicted is a sharer of nothing any more and does not become one; nor is its lease renewed.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class _Holder:
     peer: PeerId | None
     renewals: deque[_Renewal] = field(default_factory=deque)
     """Oldest first, `MAX_RENEWALS` at most: what comes beyond is forgotten."""
+    leaves: bool = False
+    """Rule 7."""
 
 
 class Leasing:
@@ -89,6 +92,7 @@ class Leasing:
         self._new_session = new_session
         self._journal = journal
         self._holders: dict[int, _Holder] = {}
+        self._others: set[int] = set()  # sessions of guests that grants are no business of
 
     # --- guests come and go ------------------------------------------------------------------------------------
 
@@ -109,10 +113,13 @@ class Leasing:
             self._journal.add(session, peer.credentials.uid)
             self._ledger.join(session, waits=hello.mode == "strict", now_ns=now_ns)
             self._holders[session] = _Holder(str(peer), peer.credentials.uid, peer.peer_id)
+        else:
+            self._others.add(session)
         peer.session = session
 
     def end(self, peer: Peer, *, goodbye: bool) -> None:
         """The peer's connection is over (rule 4)."""
+        self._others.discard(peer.session)
         holder = self._holders.get(peer.session)
         if holder is None:
             return
@@ -149,7 +156,7 @@ class Leasing:
         holder = self._holders.get(peer.session)
         if holder is None:
             raise MessageError(f"{type(message).__name__} is not for a guest in its mode")
-        if message.session != peer.session:
+        if message.session != peer.session or (holder.leaves and isinstance(message, Register | Renew)):
             return None
         if isinstance(message, Register):
             self._ledger.register(peer.session, message.keys)
@@ -177,12 +184,22 @@ class Leasing:
         """Recall keys, or everything (None): the round, and what is to be sent to whom.  See `Ledger.recall`."""
         ledger = self._ledger
         round_ = ledger.recall_everything(wake, now_ns) if keys is None else ledger.recall(keys, wake, now_ns)
+        return round_, self._to_send(round_)
+
+    def evict(self, session: int, wake: Callable[[], None], now_ns: int) -> tuple[Round, list[tuple[PeerId, Recall]]]:
+        """Recall everything from a guest that is in the ledger, which gets nothing more from now on: rule 7."""
+        self._holders[session].leaves = True
+        self._holders[session].renewals.clear()
+        round_ = self._ledger.recall_all_from(session, wake, now_ns)
+        return round_, self._to_send(round_)
+
+    def _to_send(self, round_: Round) -> list[tuple[PeerId, Recall]]:
         recalls = []
         for session, serial, its_keys in round_.tell:
             peer = self._holders[session].peer
             assert peer is not None, "nobody is told who is lost"
             recalls.append((peer, Recall(session, serial, its_keys)))
-        return round_, recalls
+        return recalls
 
     def abandon(self, round_: Round) -> None:
         """Nobody waits for this round any more: see `Ledger.abandon`."""
@@ -191,6 +208,10 @@ class Leasing:
     def has(self, session: int) -> bool:
         """Whether a guest of this session is in the ledger.  May be asked without the lock."""
         return session in self._holders
+
+    def knows(self, session: int) -> bool:
+        """Whether there is a guest of this session, in whatever mode.  May be asked without the lock."""
+        return session in self._holders or session in self._others
 
     def peer_of(self, session: int) -> PeerId | None:
         """The connection of a guest in the ledger."""

@@ -284,15 +284,28 @@ class Ledger:
         owed: dict[int, int] = {}
         tell: list[Tell] = []
         for guest in self._guests.values():
-            if guest.keys:
-                swept = self._tell(guest, (), tell)
-                if guest.waits:
-                    self._sweeps[guest.number] = swept
-                guest.keys = set()
-            if guest.waits and guest.acked < guest.sent:
-                owed[guest.number] = guest.sent
+            self._sweep(guest, tell, owed)
+            guest.keys = set()
         self._sharers.clear()  # after `_sweeps` was written: pairs with the loads in `is_held`
         return self._begin(tell, owed, wake, now_ns)
+
+    def recall_all_from(self, guest: int, wake: Callable[[], None], now_ns: int) -> Round:
+        """Recall all keys from one guest, and wait for all that it owes.  `MessageError`: unknown guest."""
+        sharer = self._known(guest)
+        owed: dict[int, int] = {}
+        tell: list[Tell] = []
+        self._sweep(sharer, tell, owed)
+        self._strike(sharer, set(sharer.keys))  # after `_sweeps` was written, likewise
+        return self._begin(tell, owed, wake, now_ns)
+
+    def _sweep(self, guest: _Guest, tell: list[Tell], owed: dict[int, int]) -> None:
+        """Tell it to forget all that it has, if it has anything; its keys are the caller's business."""
+        if guest.keys:
+            swept = self._tell(guest, (), tell)
+            if guest.waits:
+                self._sweeps[guest.number] = swept
+        if guest.waits and guest.acked < guest.sent:
+            owed[guest.number] = guest.sent
 
     def abandon(self, round_: Round) -> None:
         """Whoever waited for this round has given up: its `wake` is not called any more.

@@ -12,8 +12,9 @@ from typing import Final, NamedTuple, NewType
 
 from coherency.errors import MessageError
 from coherency.protocol import (
+    LINES,
     Ack,
-    Decoder,
+    EvictRequest,
     Goodbye,
     Hello,
     InvalidateRequest,
@@ -24,6 +25,7 @@ from coherency.protocol import (
     Statistics,
     StatusRequest,
 )
+from coherency.protocol_stream import Decoder
 
 
 class PeerState(Enum):
@@ -35,6 +37,7 @@ class PeerState(Enum):
     OPERATOR = "operator"
     OPERATOR_ASKING = "operator asking"
     OPERATOR_INVALIDATING = "operator invalidating"
+    OPERATOR_EVICTING = "operator evicting"
     CLOSED = "closed"
 
 
@@ -45,25 +48,33 @@ class PeerEvent(Enum):
     END = "end of stream"
     FAULT = "fault"
     DEADLINE = "deadline"
+    LINE_HELLO = "Hello on a serial line"
+    LINE_GOODBYE = "Goodbye on a serial line"
 
 
 _OF_GRANTS: Final = (Register, Release, Ack, Renew)
+_GUESTS: Final = (PeerState.GUEST, PeerState.GUEST_ASKING)
 _OPEN_STATES: Final = tuple(state for state in PeerState if state is not PeerState.CLOSED)
 
 TRANSITIONS: Final[Mapping[tuple[PeerState, type[Message] | PeerEvent], PeerState]] = {
     (PeerState.OPENED, Hello): PeerState.GUEST,
     (PeerState.OPENED, StatusRequest): PeerState.OPERATOR_ASKING,
     (PeerState.OPENED, InvalidateRequest): PeerState.OPERATOR_INVALIDATING,
+    (PeerState.OPENED, EvictRequest): PeerState.OPERATOR_EVICTING,
     (PeerState.GUEST, Statistics): PeerState.GUEST,
     (PeerState.GUEST, StatusRequest): PeerState.GUEST_ASKING,
     (PeerState.GUEST_ASKING, Statistics): PeerState.GUEST_ASKING,
     (PeerState.GUEST_ASKING, PeerEvent.ANSWERED): PeerState.GUEST,
     (PeerState.OPERATOR, StatusRequest): PeerState.OPERATOR_ASKING,
     (PeerState.OPERATOR, InvalidateRequest): PeerState.OPERATOR_INVALIDATING,
+    (PeerState.OPERATOR, EvictRequest): PeerState.OPERATOR_EVICTING,
     (PeerState.OPERATOR_ASKING, PeerEvent.ANSWERED): PeerState.OPERATOR,
     (PeerState.OPERATOR_INVALIDATING, PeerEvent.ANSWERED): PeerState.OPERATOR,
+    (PeerState.OPERATOR_EVICTING, PeerEvent.ANSWERED): PeerState.OPERATOR,
     **{(PeerState.GUEST, message): PeerState.GUEST for message in _OF_GRANTS},
     **{(PeerState.GUEST_ASKING, message): PeerState.GUEST_ASKING for message in _OF_GRANTS},
+    **{(state, PeerEvent.LINE_HELLO): PeerState.GUEST for state in _GUESTS},
+    **{(state, PeerEvent.LINE_GOODBYE): PeerState.OPENED for state in _GUESTS},
     **{(state, Goodbye): PeerState.CLOSED for state in _OPEN_STATES},
     **{(state, PeerEvent.END): PeerState.CLOSED for state in _OPEN_STATES},
     **{(state, PeerEvent.FAULT): PeerState.CLOSED for state in _OPEN_STATES},
@@ -101,6 +112,7 @@ class GuestSnapshot(NamedTuple):
     credentials: Credentials
     connected_at_ns: int
     statistics: Statistics | None
+    line: str = LINES[0]
 
 
 @dataclass(slots=True)
@@ -108,7 +120,7 @@ class Peer:
     """A connection that the daemon has.
 
     `snapshot`: what a guest is known to be, None for others; `session`: a guest's, 0 for others; `owed_serial`: the
-    request for statistics that it has not answered.
+    request for statistics that it has not answered; `is_serial_line`: agents use it one after the other.
     """
 
     peer_id: PeerId
@@ -118,6 +130,21 @@ class Peer:
     snapshot: GuestSnapshot | None = None
     session: int = 0
     owed_serial: int | None = None
+    is_serial_line: bool = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has never sent anything."""
+        return not self.decoder.statistics().received_bytes
+
+    def happened(self, message: Message) -> type[Message] | PeerEvent:
+        """What this message is for `TRANSITIONS`: a serial line outlives the guests on it."""
+        if self.is_serial_line and self.snapshot is not None:
+            if isinstance(message, Hello):
+                return PeerEvent.LINE_HELLO
+            if isinstance(message, Goodbye):
+                return PeerEvent.LINE_GOODBYE
+        return type(message)
 
     def __str__(self) -> str:
         title = f"guest '{self.snapshot.name}' " if self.snapshot else ""

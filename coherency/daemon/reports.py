@@ -30,4 +30,5 @@ def guest_report(peer: Peer, books: GuestBooks | None, *, answered: bool, now_ns
         recalls=known.recalls,
         unacked=known.unacked,
         lease_left_ns=max(0, known.lease_until_ns - now_ns),
+        line=guest.line,
     )

@@ -337,7 +337,7 @@ class ControlServer:
                     link.unsent += action.frame
                     if action.joined:
                         _log.info("%s joined", action.joined)
-                        link.table_goes_next = True
+                    link.table_goes_next |= action.with_table
                     self._flush(link)
                 else:
                     self._hang_up(link, action)

@@ -120,7 +120,7 @@ class Service:
             undo.callback(os.close, read_only)
             self.server = self._make_server(read_only)
             undo.callback(self.server.close)
-            origins = Origins(self.leasing.has)
+            origins = Origins(self.leasing.knows)
             self.recalls = Recalls(self.server, origins)
             self.changes = Changes(
                 table, hold=self.hold,

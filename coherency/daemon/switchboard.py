@@ -3,35 +3,38 @@
 Rules:
 
 1. A peer does only what `TRANSITIONS` allows; whatever else it does, it alone is dropped, with a reason.
-2. A peer that owes something has a deadline: a first message (`opening_ns`), the rest of a frame (`frame_ns`).  A guest
-   that owes nothing may be silent for ever.
-3. Nobody waits for a guest: counters are collected in runs, which end after `statistics_ns` at the latest, with the last
-   known counters of those guests that did not answer.
-4. A guest is asked for its counters only when it owes no answer, and sends them only when asked.  So a silent guest
-   costs one unread frame, and a talkative one is dropped.
-5. Every answer to a StatusRequest is of a run that began after the request came.  There is one run at a time; who asks
-   meanwhile waits for the next.
-6. The guests' ids rise from 1 and are not used again by this daemon.
-7. Messages about grants go to `leasing`.  A guest whose lease is over is told so and dropped; an operator's new epoch is
-   answered when nobody can have anything of the old one in its kernel, which takes one lease at most.
+2. A peer that owes something has a deadline: the rest of a frame (`frame_ns`), an operator another question or the end
+   (`opening_ns`).  A guest that owes nothing may be silent for ever.  So may who has connected and said nothing at all, as
+   does QEMU before its guest speaks; but when there are too many, the one that has been silent longest makes room.
+3. Counters are collected by `collecting`.  A guest sends them only when asked: a talkative one is dropped.
+4. The guests' ids rise from 1 and are not used again by this daemon.
+5. Messages about grants go to `leasing`.  A guest whose lease is over is told so and dropped; an operator's order is
+   answered when nobody can have in its kernel what must be forgotten, which takes one lease at most: see `orders`.
+6. A serial line outlives the guests on it.  Hello of another one ends the former as a hang-up would, without the
+   connection: whatever that had been granted is waited for, unless Hello says that it is over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, NamedTuple
 
 from coherency.daemon.actions import Action, Drop, Note, Send
+from coherency.daemon.collecting import Collector
 from coherency.daemon.deadlines import Deadlines
 from coherency.daemon.leasing import Leasing, OfGrants
 from coherency.daemon.ledger import Round
+from coherency.daemon.orders import Leaver, Order, Orders
 from coherency.daemon.peer_states import Credentials, GuestSnapshot, Peer, PeerEvent, PeerId, PeerState, next_state
 from coherency.daemon.reports import guest_report
 from coherency.errors import MessageError, PeerError, ProtocolVersionError
 from coherency.ids import Epoch, GrantKey
 from coherency.protocol import (
     Evicted,
+    EvictReply,
+    EvictRequest,
     Goodbye,
     Hello,
     Invalidated,
@@ -40,7 +43,6 @@ from coherency.protocol import (
     Refusal,
     RefusalCode,
     Statistics,
-    StatisticsRequest,
     StatusReply,
     StatusRequest,
     Welcome,
@@ -72,24 +74,13 @@ class SwitchboardStatistics(NamedTuple):
     runs: int
 
 
-@dataclass(slots=True)
-class _Run:
-    """One collection of statistics: who asked, and which guests have not answered yet."""
-
-    serial: int
-    askers: list[PeerId]
-    waiting: set[PeerId] = field(default_factory=set)
-    answered: set[PeerId] = field(default_factory=set)
-
-
 _GUEST: Final = (PeerState.GUEST, PeerState.GUEST_ASKING)
 _ASKING: Final = (PeerState.GUEST_ASKING, PeerState.OPERATOR_ASKING)
-_IN_A_HURRY: Final = (PeerState.OPENED, PeerState.OPERATOR)
+_IN_A_HURRY: Final = (PeerState.OPERATOR,)
 """States in which the peer owes a message: rule 2."""
 
 _OPENING: Final = "opening"
 _FRAME: Final = "frame"
-_RUN_DEADLINE: Final = (PeerId(0), "run")
 
 
 class Switchboard:
@@ -123,10 +114,11 @@ class Switchboard:
         self._deadlines: Deadlines[tuple[PeerId, str]] = Deadlines()
         self._peers: dict[PeerId, Peer] = {}
         self._guests: dict[PeerId, Peer] = {}
-        self._run: _Run | None = None
-        self._next_askers: list[PeerId] = []
-        self._recalled: list[tuple[PeerId, Epoch]] = []
-        self._opened = self._welcomed = self._dropped = self._messages = self._runs = 0
+        self._collector = Collector(
+            self._guests, statistics_ns=limits.statistics_ns, ask=self._send, answer=self._answer_status
+        )
+        self._orders = Orders()
+        self._opened = self._welcomed = self._dropped = self._messages = 0
 
     # --- what the server calls ---------------------------------------------------------------------------------
 
@@ -138,8 +130,8 @@ class Switchboard:
     @property
     def next_deadline_ns(self) -> int | None:
         """When `tick` must be called next at the latest."""
-        due = [at_ns for at_ns in (self._deadlines.next_ns, self._leasing.next_deadline_ns) if at_ns is not None]
-        return min(due, default=None)
+        due = (self._deadlines.next_ns, self._leasing.next_deadline_ns, self._collector.deadline_ns)
+        return min((at_ns for at_ns in due if at_ns is not None), default=None)
 
     def opened(self, credentials: Credentials, now_ns: int) -> PeerId:
         """Somebody has connected."""
@@ -147,9 +139,8 @@ class Switchboard:
         peer = Peer(PeerId(self._opened), credentials)
         self._peers[peer.peer_id] = peer
         if len(self._peers) + self._leasing.lost > self._limits.peers:
-            self._drop(peer, "too many connections", now_ns, code=RefusalCode.FULL)
-        else:
-            self._deadlines.set((peer.peer_id, _OPENING), now_ns + self._limits.opening_ns)
+            silent = next(each for each in self._peers.values() if each is peer or each.is_silent)
+            self._drop(silent, "too many connections", now_ns, code=RefusalCode.FULL, orderly=silent is not peer)
         return peer.peer_id
 
     def received(self, peer_id: PeerId, data: bytes, now_ns: int) -> None:
@@ -172,7 +163,7 @@ class Switchboard:
             code = RefusalCode.VERSION if isinstance(error, ProtocolVersionError) else RefusalCode.FAULT
             self._drop(peer, str(error), now_ns, code=code)
         finally:
-            self._answer_invalidations(now_ns)
+            self._answer_orders(now_ns)
 
     def lost(self, peer_id: PeerId, reason: str, now_ns: int) -> None:
         """The connection is of no use any more, by `reason`."""
@@ -183,13 +174,11 @@ class Switchboard:
         """Act on every deadline that is not after `now_ns`."""
         while due := self._deadlines.pop_due(now_ns):
             peer_id, what = due
-            if due == _RUN_DEADLINE:
-                self._finish_run(now_ns)
-                continue
             reason = "began a frame and did not finish it" if what == _FRAME else "sent no request"
             limit_ns = self._limits.frame_ns if what == _FRAME else self._limits.opening_ns
             text = f"{reason} within {limit_ns / 1e9:g} s"
             self._drop(self._peers[peer_id], text, now_ns, event=PeerEvent.DEADLINE, code=RefusalCode.LATE)
+        self._collector.tick(now_ns)
         for session, connection, who in self._leasing.evict_due(now_ns):
             reason = f"its lease of {self._leasing.lease_ns / 1e9:g} s is over"
             if connection is None:
@@ -197,13 +186,13 @@ class Switchboard:
             else:
                 farewell = encode(Evicted(session))
                 self._drop(self._peers[connection], reason, now_ns, event=PeerEvent.DEADLINE, farewell=farewell)
-        self._answer_invalidations(now_ns)
+        self._answer_orders(now_ns)
 
     def recall(self, keys: Iterable[GrantKey] | None, wake: Callable[[], None], now_ns: int) -> Round:
         """Recall keys, or everything (None), from all who have them: see `Ledger.recall`."""
         round_, recalls = self._leasing.recall(keys, wake, now_ns)
         for peer_id, recall in recalls:
-            self._actions.append(Send(peer_id, encode(recall)))
+            self._send(peer_id, recall)
         return round_
 
     def end(self) -> None:
@@ -213,7 +202,7 @@ class Switchboard:
         self._peers.clear()
         self._guests.clear()
         self._actions.clear()
-        self._run, self._next_askers = None, []
+        self._collector.end()
         self._deadlines = Deadlines()
 
     def guests(self) -> tuple[GuestSnapshot, ...]:
@@ -248,30 +237,38 @@ class Switchboard:
             self._deadlines.clear(key)
 
     def _handle(self, peer: Peer, message: Message, now_ns: int) -> None:
-        follower = next_state(peer.state, type(message))
-        if isinstance(message, Goodbye):
+        happened = peer.happened(message)
+        follower = next_state(peer.state, happened)
+        if happened is Goodbye:
             self._drop(peer, "said goodbye", now_ns, event=PeerEvent.END, orderly=True)
             return
         self._enter(peer, follower, now_ns)
+        if happened in (PeerEvent.LINE_GOODBYE, PeerEvent.LINE_HELLO):
+            self._leave_line(peer, now_ns, goodbye=happened is PeerEvent.LINE_GOODBYE)
         if isinstance(message, Hello):
             self._take_in(peer, message, now_ns)
         elif isinstance(message, Statistics):
-            self._counted(peer, message, now_ns)
+            self._collector.counted(peer, message, now_ns)
         elif isinstance(message, StatusRequest):
-            self._next_askers.append(peer.peer_id)
-            self._start_run(now_ns)
-        elif isinstance(message, InvalidateRequest):
-            self._invalidate_for(peer, now_ns)
+            self._collector.request(peer.peer_id, now_ns)
+        elif isinstance(message, InvalidateRequest | EvictRequest):
+            self._obey(peer, message, now_ns)
         elif isinstance(message, OfGrants) and (answer := self._leasing.answer(peer, message, now_ns)):
-            self._actions.append(Send(peer.peer_id, encode(answer)))
+            self._send(peer.peer_id, answer)
 
     def _take_in(self, peer: Peer, hello: Hello, now_ns: int) -> None:
+        is_serial_line = hello.line == "serial"
+        if peer.is_serial_line and not is_serial_line:
+            raise MessageError("says hello as from a socket of its own, on a serial line")
+        if is_serial_line:
+            peer.is_serial_line = True
+            peer.decoder.hunt()
         former = self._leasing.end_former(hello, peer.credentials.uid)
         if former is not None:
             self._drop(self._peers[former], "has come again", now_ns, event=PeerEvent.END, orderly=True)
         self._welcomed += 1
         peer.snapshot = GuestSnapshot(
-            self._welcomed, hello.name, hello.pid, hello.mode, peer.credentials, now_ns, statistics=None
+            self._welcomed, hello.name, hello.pid, hello.mode, peer.credentials, now_ns, statistics=None, line=hello.line
         )
         self._guests[peer.peer_id] = peer
         try:
@@ -279,31 +276,61 @@ class Switchboard:
         except OSError as error:
             self._fail(peer, error, now_ns)
             return
-        welcome = replace(self._welcome, guest_id=self._welcomed, session=peer.session)
-        self._actions.append(Send(peer.peer_id, encode(welcome), joined=f"{peer}, mode {hello.mode}"))
+        welcome = replace(self._welcome, guest_id=self._welcomed, session=peer.session, nonce=hello.nonce)
+        joined = f"{peer}, mode {hello.mode}, {hello.line}"
+        self._actions.append(Send(peer.peer_id, encode(welcome), joined=joined, with_table=not is_serial_line))
 
-    def _invalidate_for(self, peer: Peer, now_ns: int) -> None:
+    def _leave_line(self, peer: Peer, now_ns: int, *, goodbye: bool) -> None:
+        """Rule 6: the guest is none any more, the connection stays."""
+        self._actions.append(Note(str(peer), "said goodbye" if goodbye else "gave way to another agent on its line"))
+        self._part(peer, now_ns, goodbye=goodbye)
+        peer.snapshot, peer.session, peer.owed_serial = None, 0, None
+
+    def _obey(self, peer: Peer, request: InvalidateRequest | EvictRequest, now_ns: int) -> None:
+        what = "invalidate" if isinstance(request, InvalidateRequest) else "evict"
         if peer.credentials.uid not in (0, self._own_uid):
-            reason = "may not invalidate: only root and the daemon's own user may"
+            reason = f"may not {what}: only root and the daemon's own user may"
             self._drop(peer, reason, now_ns, code=RefusalCode.PERMISSION)
+            return
+        if isinstance(request, EvictRequest):
+            self._evict_for(peer, request.guest, now_ns)
             return
         try:
             epoch = self._invalidate()
         except Exception as error:  # noqa: BLE001 - it costs the asker its answer, and nobody else anything
             self._fail(peer, error, now_ns)
             return
-        done = (peer.peer_id, epoch)
-        if not self.recall(None, lambda: self._recalled.append(done), now_ns).pending:
-            self._recalled.append(done)
-            self._answer_invalidations(now_ns)
+        self._orders.begin(Order(peer.peer_id, Invalidated(epoch)), [lambda wake: self.recall(None, wake, now_ns)])
 
-    def _answer_invalidations(self, now_ns: int) -> None:
-        """Tell those for whom it is done.  The end of a round only notes it, since it may come in the middle of anything."""
-        while self._recalled:
-            peer_id, epoch = self._recalled.pop(0)
-            if peer := self._peers.get(peer_id):
+    def _evict_for(self, peer: Peer, guest: str, now_ns: int) -> None:
+        guests = [(each, each.snapshot) for each in self._guests.values() if each.snapshot]
+        found = [each for each, snapshot in guests if snapshot.name == guest]
+        found = found or [each for each, snapshot in guests if str(snapshot.guest_id) == guest]
+        if not found:
+            self._drop(peer, f"asked for a guest that is not here: '{guest}'", now_ns, code=RefusalCode.UNKNOWN, orderly=True)
+            return
+        leavers = tuple(Leaver(each.peer_id, each.session) for each in found)
+        granted = [each.session for each in found if self._leasing.has(each.session)]
+        order = Order(peer.peer_id, EvictReply(len(found)), leavers)
+        self._orders.begin(order, [partial(self._evict, session, now_ns) for session in granted])
+
+    def _evict(self, session: int, now_ns: int, wake: Callable[[], None]) -> Round:
+        round_, recalls = self._leasing.evict(session, wake, now_ns)
+        for peer_id, recall in recalls:
+            self._send(peer_id, recall)
+        return round_
+
+    def _answer_orders(self, now_ns: int) -> None:
+        """Tell the operators whose orders are done, and send away who was evicted."""
+        for order in self._orders.take_done():
+            for peer_id, session in order.leavers:
+                leaver = self._peers.get(peer_id)
+                if leaver is not None and leaver.session == session:
+                    farewell = encode(Evicted(session))
+                    self._drop(leaver, "evicted by an operator", now_ns, event=PeerEvent.DEADLINE, orderly=True, farewell=farewell)
+            if peer := self._peers.get(order.peer):
                 self._enter(peer, next_state(peer.state, PeerEvent.ANSWERED), now_ns)
-                self._actions.append(Send(peer_id, encode(Invalidated(epoch))))
+                self._send(peer.peer_id, order.answer)
 
     def _fail(self, peer: Peer, error: Exception, now_ns: int) -> None:
         self._drop(peer, "could not be answered", now_ns, code=RefusalCode.INTERNAL, error=error)
@@ -324,76 +351,32 @@ class Switchboard:
         self._dropped += not orderly
         self._deadlines.clear((peer.peer_id, _FRAME))
         del self._peers[peer.peer_id]
-        self._guests.pop(peer.peer_id, None)
-        self._leasing.end(peer, goodbye=orderly)
+        self._part(peer, now_ns, goodbye=orderly)
         farewell = encode(Refusal(code, reason)) if code else farewell
         was_guest = peer.snapshot is not None
         self._actions.append(Drop(peer.peer_id, str(peer), reason, orderly, was_guest, farewell, error))
-        if peer.peer_id in self._next_askers:
-            self._next_askers.remove(peer.peer_id)
-        if self._run is not None:
-            if peer.peer_id in self._run.askers:
-                self._run.askers.remove(peer.peer_id)
-            self._leave_run(peer.peer_id, now_ns)
 
-    # --- collecting statistics ---------------------------------------------------------------------------------
+    def _part(self, peer: Peer, now_ns: int, *, goodbye: bool) -> None:
+        """Whatever it was, it is not any more, and nobody waits for its answers."""
+        self._guests.pop(peer.peer_id, None)
+        self._leasing.end(peer, goodbye=goodbye)
+        self._collector.part(peer.peer_id, now_ns)
 
-    def _start_run(self, now_ns: int) -> None:
-        if self._run is not None or not self._next_askers:
-            return
-        self._runs += 1
-        # 32 bits of it suffice: a serial only tells this run from the earlier one whose answer is still owed.
-        self._run = _Run(self._runs & 0xFFFFFFFF, self._next_askers, set(self._guests))
-        self._next_askers = []
-        self._deadlines.set(_RUN_DEADLINE, now_ns + self._limits.statistics_ns)
-        for peer in self._guests.values():
-            self._ask(peer, self._run.serial)
-        self._finish_run_if_complete(now_ns)
+    # --- answers -----------------------------------------------------------------------------------------------
 
-    def _ask(self, peer: Peer, serial: int) -> None:
-        if peer.owed_serial is None:
-            peer.owed_serial = serial
-            self._actions.append(Send(peer.peer_id, encode(StatisticsRequest(serial))))
+    def _send(self, peer_id: PeerId, message: Message) -> None:
+        self._actions.append(Send(peer_id, encode(message)))
 
-    def _counted(self, peer: Peer, statistics: Statistics, now_ns: int) -> None:
-        if statistics.serial != peer.owed_serial:
-            raise MessageError("sent statistics that nobody asked for")
-        peer.owed_serial = None
-        assert peer.snapshot is not None
-        peer.snapshot = peer.snapshot._replace(statistics=statistics)
-        run = self._run
-        if run is None or peer.peer_id not in run.waiting:
-            return
-        if statistics.serial == run.serial:
-            run.answered.add(peer.peer_id)
-            self._leave_run(peer.peer_id, now_ns)
-        else:
-            self._ask(peer, run.serial)
-
-    def _leave_run(self, peer_id: PeerId, now_ns: int) -> None:
-        if self._run is not None:
-            self._run.waiting.discard(peer_id)
-            self._finish_run_if_complete(now_ns)
-
-    def _finish_run_if_complete(self, now_ns: int) -> None:
-        if self._run is not None and not self._run.waiting:
-            self._finish_run(now_ns)
-
-    def _finish_run(self, now_ns: int) -> None:
-        run, self._run = self._run, None
-        self._deadlines.clear(_RUN_DEADLINE)
-        if run is None:
-            return
+    def _answer_status(self, askers: list[PeerId], answered: set[PeerId], now_ns: int) -> None:
         try:
-            frames = b"".join(map(encode, self._status_messages(run.answered, now_ns)))
+            frames = b"".join(map(encode, self._status_messages(answered, now_ns)))
         except Exception as error:  # noqa: BLE001 - it costs the askers their answer, and nobody else anything
-            for peer_id in run.askers:
+            for peer_id in askers:
                 self._fail(self._peers[peer_id], error, now_ns)
         else:
-            for peer_id in run.askers:
+            for peer_id in askers:
                 self._enter(self._peers[peer_id], next_state(self._peers[peer_id].state, PeerEvent.ANSWERED), now_ns)
                 self._actions.append(Send(peer_id, frames))
-        self._start_run(now_ns)
 
     def _status_messages(self, answered: set[PeerId], now_ns: int) -> Iterator[Message]:
         for peer_id, peer in self._guests.items():
@@ -406,11 +389,8 @@ class Switchboard:
         """Assert the rules between two calls; only from the thread that makes the calls."""
         self._deadlines.check()
         self._leasing.check()
-        run_askers = self._run.askers if self._run else []
-        asking = [*run_askers, *self._next_askers]
-        assert len(asking) == len(set(asking)), asking
-        assert (_RUN_DEADLINE in self._deadlines) == (self._run is not None)
-        assert self._run is not None or not self._next_askers, self._next_askers
+        self._collector.check()
+        asking = self._collector.asking()
         for peer_id, peer in self._peers.items():
             peer.decoder.check()
             assert peer.state is not PeerState.CLOSED, peer
@@ -418,12 +398,9 @@ class Switchboard:
             assert (peer.state in _IN_A_HURRY) == ((peer_id, _OPENING) in self._deadlines), peer
             assert (not peer.decoder.at_boundary) == ((peer_id, _FRAME) in self._deadlines), peer
             assert (peer.state in _GUEST) == (peer.snapshot is not None) == (peer_id in self._guests), peer
-        if self._run:
-            assert all(self._guests[peer_id].owed_serial is not None for peer_id in self._run.waiting)
-            assert not self._run.waiting & self._run.answered
 
     def statistics(self) -> SwitchboardStatistics:
         """A frozen copy of the counters."""
         return SwitchboardStatistics(
-            len(self._peers), len(self._guests), self._opened, self._dropped, self._messages, self._runs
+            len(self._peers), len(self._guests), self._opened, self._dropped, self._messages, self._collector.runs
         )

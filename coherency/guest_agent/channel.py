@@ -1,6 +1,8 @@
 """One connection to a daemon: finds the socket, carries messages, keeps the descriptors that came with them.
 
-Every wait ends: with the answer, at its deadline, when the daemon hangs up, or when `wakeup` becomes readable.
+What carries the bytes is a `Stream`: a socket, or in a virtual machine a serial port (`virtual_machine`). Every wait ends: with
+the answer, at its deadline, when the daemon hangs up, or when `wakeup` becomes readable. A frame that did not fit as a whole is
+finished by whoever sends or receives next.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from coherency.errors import DaemonUnavailable, ProtocolVersionError, Refused
 from coherency.protocol import (
-    Decoder,
     Message,
     Refusal,
     RefusalCode,
     encode,
 )
+from coherency.protocol_stream import Decoder
 from coherency.rendezvous import CONTROL_SOCKET_NAME, check_share_name
 
 READ_BYTES: Final = 65536
@@ -42,15 +44,55 @@ class ChannelStatistics(NamedTuple):
     sent_bytes: int
 
 
+class Stream(Protocol):
+    """What carries the bytes of a connection, without ever waiting: where a call would have to, it raises `BlockingIOError`."""
+
+    def fileno(self) -> int: ...
+    def write(self, data: bytes) -> int:
+        """Take the first bytes of `data`; returns how many."""
+
+    def read(self, *, with_descriptors: bool) -> tuple[bytes, list[int]]:
+        """What has arrived, and the descriptors that came with it; no bytes: the other end is closed."""
+
+    def hang_up(self) -> None:
+        """From now on `read` finds the other end closed.  From any thread."""
+
+    def close(self) -> None: ...
+
+
+class SocketStream:
+    """A connected Unix socket, which it owns."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.fileno, self.close, self.write = sock.fileno, sock.close, sock.send
+
+    def read(self, *, with_descriptors: bool) -> tuple[bytes, list[int]]:
+        """See `Stream`.  The kernel closes descriptors for which there is no room."""
+        descriptors = array.array("i")
+        room = socket.CMSG_LEN(_DESCRIPTORS_AT_ONCE * descriptors.itemsize) if with_descriptors else 0
+        data, ancillary, _flags, _address = self._sock.recvmsg(READ_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
+        return data, list(descriptors)
+
+    def hang_up(self) -> None:
+        """See `Stream`."""
+        with contextlib.suppress(OSError):  # the daemon was faster, or the channel is closed
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
 class Channel:
     """A connection.  One thread receives; any thread may send."""
 
-    def __init__(self, sock: socket.socket, name: str, wakeup: int | None) -> None:
+    def __init__(self, stream: Stream, name: str, wakeup: int | None) -> None:
         """Use `dial` instead.  `wakeup` stays the caller's."""
-        self._sock = sock
+        self._stream = stream
         self._name = name
         self._wakeup = wakeup
         self._decoder = Decoder()
+        self._unsent = b""
         self._arrived: list[Message] = []
         self._descriptors: list[int] = []
         self._send_lock = threading.Lock()
@@ -72,42 +114,55 @@ class Channel:
         except BaseException:
             sock.close()
             raise
-        return cls(sock, name, wakeup)
+        return cls(SocketStream(sock), name, wakeup)
+
+    def hunt(self) -> None:
+        """The stream is a serial line: it may begin with what was meant for others, in the middle of a frame."""
+        self._decoder.hunt()
 
     def send(self, message: Message) -> None:
         """Send one message without waiting.
 
         Raises `ConnectionError` if the daemon is gone, or has left so much unread that there is no room for the frame.
         """
-        frame = encode(message)
-        if self._send(frame) < len(frame):
+        if not self._send(encode(message)):
             raise ConnectionAbortedError("the daemon does not read")
 
     def offer(self, message: Message) -> bool:
         """Send one message without waiting, or nothing: False if there is no room, or the daemon is gone."""
-        frame = encode(message)
         try:
-            sent = self._send(frame)
+            return self._send(encode(message))
         except ConnectionError:
             return False  # the receiving thread finds out
-        if 0 < sent < len(frame):
-            self.hang_up()  # half a frame: nothing that follows would be understood
-        return sent == len(frame)
 
-    def _send(self, frame: bytes) -> int:
+    def _send(self, frame: bytes) -> bool:
         with self._send_lock:
-            try:
-                sent = self._sock.send(frame)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:  # also the channel closed by another thread
-                raise ConnectionAbortedError(f"the daemon is gone: {error.strerror}") from error
-            self._sent_bytes += sent
-        return sent
+            self._flush()
+            if self._unsent:
+                return False
+            before = self._sent_bytes
+            self._unsent = frame
+            self._flush()
+            if self._sent_bytes == before:
+                self._unsent = b""  # nothing of it has left
+                return False
+        return True
+
+    def _flush(self) -> None:
+        """Send what is left of a frame, as far as there is room.  With the send lock."""
+        try:
+            while self._unsent:
+                sent = self._stream.write(self._unsent)
+                self._unsent = self._unsent[sent:]
+                self._sent_bytes += sent
+        except BlockingIOError:
+            return
+        except OSError as error:  # also the channel closed by another thread
+            raise ConnectionAbortedError(f"the daemon is gone: {error.strerror}") from error
 
     def fileno(self) -> int:
         """The descriptor of the connection, for who must share it."""
-        return self._sock.fileno()
+        return self._stream.fileno()
 
     def ask(self, question: Message) -> None:
         """Send the first message of a connection.  If it does not get through, `answer` tells why.
@@ -126,12 +181,16 @@ class Channel:
         if self._arrived:
             arrived, self._arrived = self._arrived, []
             return arrived
-        if not wait_readable(self._wakeup, self._sock, deadline_ns - time.monotonic_ns()):
+        if self._unsent:
+            with self._send_lock:
+                self._flush()
+        if not wait_readable(self._wakeup, self._stream, deadline_ns - time.monotonic_ns()):
             return []
         try:
-            data = self._receive_with_descriptors() if with_descriptors else self._sock.recv(READ_BYTES)
+            data, descriptors = self._stream.read(with_descriptors=with_descriptors)
         except BlockingIOError:
             return []
+        self._descriptors += descriptors
         if not data:
             raise ConnectionAbortedError("the daemon hung up")
         messages = self._decoder.feed(data)
@@ -165,14 +224,11 @@ class Channel:
 
     def hang_up(self) -> None:
         """Make the receiving thread, whichever it is, see the end of the stream.  From any thread."""
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # the daemon was faster, or the channel is closed
+        self._stream.hang_up()
 
     def close(self) -> None:
         """Close the connection and what nobody took.  May be called again; not while another thread receives."""
-        self._sock.close()
+        self._stream.close()
         for descriptor in self.take_descriptors():
             os.close(descriptor)
 
@@ -184,27 +240,17 @@ class Channel:
         """Assert the decoder's invariants; from the receiving thread."""
         self._decoder.check()
 
-    def _receive_with_descriptors(self) -> bytes:
-        descriptors = array.array("i")
-        room = socket.CMSG_LEN(_DESCRIPTORS_AT_ONCE * descriptors.itemsize)
-        data, ancillary, _flags, _address = self._sock.recvmsg(READ_BYTES, room, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
-        self._descriptors += descriptors
-        return data
 
+def wait_readable(wakeup: int | None, stream: Stream | None, timeout_ns: int) -> bool:
+    """Wait until `stream` is readable (True) or the time is over (False).
 
-def wait_readable(wakeup: int | None, sock: socket.socket | None, timeout_ns: int) -> bool:
-    """Wait until `sock` is readable (True) or the time is over (False).
-
-    Raises `Interrupted` if `wakeup` is readable, and nothing is said about `sock` then.
+    Raises `Interrupted` if `wakeup` is readable, and nothing is said about `stream` then.
     """
     poll = select.poll()
     if wakeup is not None:
         poll.register(wakeup, select.POLLIN)
-    if sock is not None:
-        poll.register(sock, select.POLLIN)
+    if stream is not None:
+        poll.register(stream, select.POLLIN)
     # Rounded up to milliseconds, lest a loop turns idly in the last one.
     ready = [fd for fd, _ in poll.poll(max(0, -(-timeout_ns // 1_000_000)))]
     if wakeup in ready:

@@ -25,15 +25,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, Self
 
-from coherency.errors import CoherencyError, DaemonUnavailable, MessageError, PeerError, UsageError
+from coherency.errors import CoherencyError, DaemonUnavailable, PeerError, UsageError
 from coherency.guest_agent.channel import Channel, Interrupted, wait_readable
 from coherency.guest_agent.grantor import Grantor, NoGrants
+from coherency.guest_agent.links import Link, LocalLink, say_hello
 from coherency.guest_agent.requests import (
     Patience,
     Status,
     fetch_status,
     invalidate,
-    require,
     served_names,
     status_of,
 )
@@ -54,7 +54,6 @@ from coherency.protocol import (
     Welcome,
     encode,
 )
-from coherency.shm_memory import map_read_only
 from coherency.shm_table import HEARTBEAT_PERIOD_NS, TableReader
 
 __all__ = [
@@ -133,7 +132,7 @@ class Client:
 
     def __init__(
         self,
-        runtime_root: Path,
+        link: Link,
         name: str,
         hello: Hello,
         *,
@@ -146,7 +145,7 @@ class Client:
         clock_ns: Callable[[], int],
     ) -> None:
         """Use `connect` instead."""
-        self._runtime_root = runtime_root
+        self._link = link
         self._name = name
         self._hello = hello
         self._counters = statistics
@@ -182,6 +181,7 @@ class Client:
         grantor: Grantor | None = None,
         patience: Patience | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
+        link: Link | None = None,
     ) -> Self:
         """Say hello to the daemon that serves `name`; return when it has said welcome and the table is mapped.
 
@@ -198,18 +198,20 @@ class Client:
         nor call `close` or `request_status`.  If `on_connected` raises a `CoherencyError` or an `OSError`, the connection
         is of no use and is made anew; anything else that one raises ends the client: it is logged, the reader stays
         withdrawn.
-        `clock_ns` is the clock of `TableReader.trusted_until_ns`.
+        `clock_ns` is the clock of `TableReader.trusted_until_ns`; `link` is the way to the daemon, if it is not the socket
+        below `runtime_root`.
 
         Raises `DaemonUnavailable` if nobody serves the name, `Refused`, `ProtocolVersionError`, another `PeerError`, or
         `TableError` if the daemon's table is of no use to us, and `UsageError` for an impossible name or mode.
         """
-        hello = Hello(name=guest_name, pid=os.getpid(), mode=mode, former=0)
+        link = link or LocalLink(runtime_root, name)
+        hello = Hello(name=guest_name, pid=os.getpid(), mode=mode, former=0, line=link.line)
         try:
             encode(hello)
         except ValueError as error:
             raise UsageError(str(error)) from None
         client = cls(
-            runtime_root,
+            link,
             name,
             hello,
             statistics=statistics,
@@ -221,7 +223,7 @@ class Client:
             clock_ns=clock_ns,
         )
         try:
-            grantor_joins = client._join()
+            grantor_joins = client._join_first()
             grantor_joins()
         except BaseException:
             os.close(client._wakeup)
@@ -292,15 +294,34 @@ class Client:
 
     # --- connecting and losing ---------------------------------------------------------------------------------
 
+    def _join_first(self) -> Callable[[], None]:
+        """Join, and again while the time for an answer lasts if the host's end of a serial line is just being closed."""
+        deadline_ns = time.monotonic_ns() + self._patience.answer_ns
+        while True:
+            try:
+                return self._join()
+            except DaemonUnavailable:
+                if self._link.line != "serial" or time.monotonic_ns() >= deadline_ns:
+                    raise
+            wait_readable(self._wakeup, None, self._patience.first_retry_ns)
+
     def _join(self) -> Callable[[], None]:
         """Returns what lets the grantor begin, when everything else is ready."""
         deadline_ns = time.monotonic_ns() + self._patience.answer_ns
-        channel = Channel.dial(self._runtime_root, self._name, deadline_ns=deadline_ns, wakeup=self._wakeup)
+        channel = self._link.dial(deadline_ns=deadline_ns, wakeup=self._wakeup)
         try:
             asked_at_ns = self._clock_ns()  # rule 3
-            channel.ask(self._hello)
-            welcome = require(Welcome, channel.answer(deadline_ns, with_descriptors=True))
-            reader = _map_table(welcome, channel.take_descriptors())
+            welcome = say_hello(channel, self._hello, deadline_ns)
+            descriptors = channel.take_descriptors()
+            try:
+                reader = self._link.map_table(welcome, descriptors)
+            except BaseException:
+                with contextlib.suppress(ConnectionError):
+                    channel.send(Goodbye())  # on a serial line nothing else would tell
+                raise
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
         except BaseException:
             channel.close()
             raise
@@ -423,16 +444,3 @@ class Client:
             return str(error)
         self._answered += 1
         return None
-
-
-def _map_table(welcome: Welcome, descriptors: list[int]) -> TableReader:
-    try:
-        if len(descriptors) != 1:
-            raise MessageError(f"the daemon said welcome with {len(descriptors)} descriptors instead of one")
-        memory = map_read_only(descriptors[0], welcome.table_bytes)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-    # The reader alone keeps the mapping: other threads may still compare words of a reader that was withdrawn.
-    table_id = (welcome.table_id_high, welcome.table_id_low)
-    return TableReader(memory.words, trust_ns=welcome.trust_ns, table_id=table_id)

@@ -182,7 +182,7 @@ class Keeper:
         self._words = Page(page).words
         os.close(page)
         self._children: dict[int, int] = {}  # process id to pidfd
-        self._channel: socket.socket | None = None
+        self._channel = -1  # a socket, or a serial port
         self._goodbye = b""
         self._poll = select.poll()
         self._poll.register(orders, select.POLLIN)
@@ -237,9 +237,9 @@ class Keeper:
             os.close(self._children.pop(pid))
             os.waitpid(pid, 0)
         elif kind == CHANNEL:
-            if self._channel is not None:
-                self._channel.close()
-            self._channel = socket.socket(fileno=descriptors.pop()) if descriptors else None
+            if self._channel >= 0:
+                os.close(self._channel)
+            self._channel = descriptors.pop() if descriptors else -1
             self._goodbye = rest
 
     def _tell(self, message: bytes, *descriptors: int) -> None:
@@ -276,11 +276,11 @@ class Keeper:
     def _bury(self) -> None:
         """The agent is dead: the kernel must not answer in its place, nor wait for it."""
         is_clean = self._clean_kernel()
-        if self._channel is not None:
+        if self._channel >= 0:
             if is_clean:
-                self._channel.setblocking(False)
-                _attempt(self._channel.send, self._goodbye)
-            self._channel.close()  # without a goodbye, whoever could be answered wrongly is waited for as long as that may be
+                os.set_blocking(self._channel, False)
+                _attempt(os.write, self._channel, self._goodbye)
+            os.close(self._channel)  # without a goodbye, whoever could be answered wrongly is waited for as long as that may be
         self._kill_helpers()  # before requests end, lest they go on with their jobs
         os.close(self._device)  # the last descriptor: this ends the connection, and all requests with it
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from coherency.errors import MountError, UsageError
-from coherency.fuse.mounts import open_mount, place_of, remove_dead_mount
+from coherency.fuse.mounts import place_of, remove_dead_mount
 from coherency.fuse.nodes import descriptor_budget
 from coherency.fuse.passthrough import Passthrough
 from coherency.fuse.replies import FOREVER_NS
@@ -29,9 +29,10 @@ from coherency.guest_agent.filesystem import CachingFileSystem
 from coherency.guest_agent.granting import GrantingFileSystem
 from coherency.guest_agent.grants import Grants
 from coherency.guest_agent.helper_pool import HelperPool
+from coherency.guest_agent.links import Link
+from coherency.guest_agent.lower import introduce, is_same_mount, open_export, open_given, same_tree
 from coherency.guest_agent.recalls import Recalls
 from coherency.guest_agent.sharer import Sharer
-from coherency.leases import introduction
 from coherency.protocol import SHORT_TEXT_BYTES, Welcome
 from coherency.shm_table import TableReader
 
@@ -61,6 +62,10 @@ class MountOptions:
     cache_capacity: int = DEFAULT_CAPACITY
     danger: str = ""
     """One of `recalls.DANGERS`."""
+    lower: Path | None = None
+    """Where the export can be seen, if not at its mount point: in a virtual machine, what virtiofs has mounted."""
+    link: Link | None = None
+    """The way to the daemon, if it is not its socket."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -138,10 +143,11 @@ class GuestMount:
                 reconnect=True,
                 on_connected=self._on_connected,
                 grantor=self._sharer,
+                link=options.link,
             )
             undo.callback(self.client.close)
             with self._connecting:
-                lower = _open_lower(self.client.welcome, mountpoint)
+                lower = self._open_lower(self.client.welcome)
                 file_system = self._file_system = self._make_file_system(lower)
                 try:
                     session = self._session = Session.mount(
@@ -168,10 +174,25 @@ class GuestMount:
         sharer.attach(recalls, pool)
         file_system.grant_by(recalls, pool)
 
+    def _open_lower(self, welcome: Welcome) -> int:
+        """The export's root, as this guest can reach it, and the daemon knows now by which process it will."""
+        given = self.options.lower
+        lower = open_export(welcome, self._mountpoint) if given is None else open_given(given, self._mountpoint)
+        try:
+            is_export = introduce(welcome, lower)
+            if given is not None and not is_export:
+                raise MountError(
+                    f"{given} does not lead to the export of '{self.options.name}' ({welcome.export} on the host): mount there what "
+                    "virtiofsd shares of it; coherency vm-args says how"
+                )
+        except BaseException:
+            os.close(lower)
+            raise
+        return lower
+
     def _make_file_system(self, lower: int) -> Passthrough:
         budget = descriptor_budget()
         if self.options.mode in COHERENT_MODES:
-            _introduce(self.client.welcome, lower)
             cache = self._make_cache(self.client.reader)
             if self._sharer is not None:
                 return GrantingFileSystem(lower, cache, self._sharer.grants, descriptor_limit=budget)
@@ -187,13 +208,12 @@ class GuestMount:
             file_system, session = self._file_system, self._session
         if file_system is None or session is None:
             return  # not begun yet: it will be with this connection
-        lower = _same_tree(_open_lower(welcome, self._mountpoint), file_system)
-        if isinstance(file_system, CachingFileSystem):
-            _introduce(welcome, lower)
-            if _is_same_mount(lower, file_system) and reader.table_id == file_system.cache.reader.table_id:
-                os.close(lower)  # only the channel was cut
-                file_system.cache.follow(reader)
-                return
+        lower = same_tree(self._open_lower(welcome), file_system)
+        is_same = isinstance(file_system, CachingFileSystem) and reader.table_id == file_system.cache.reader.table_id
+        if isinstance(file_system, CachingFileSystem) and is_same and is_same_mount(lower, file_system):
+            os.close(lower)  # only the channel was cut
+            file_system.cache.follow(reader)
+            return
         abandoned = file_system.nodes.rebase(lower)
         if isinstance(file_system, CachingFileSystem):
             file_system.cache = self._make_cache(reader)  # after the nodes: what it keeps was fetched through them
@@ -219,38 +239,6 @@ class GuestMount:
         return MountStatistics(
             counters.hits, counters.misses, counters.refreshes, max(requests - here, 0), entries, requests
         )
-
-
-def _open_lower(welcome: Welcome, mountpoint: Path) -> int:
-    lower = welcome.export
-    for tree in (Path(os.path.realpath(welcome.share)), Path(os.path.realpath(lower))):
-        if tree == mountpoint or tree in mountpoint.parents:
-            raise UsageError(f"{mountpoint} lies in {tree}: the mount would contain itself; choose another mount point")
-    if mountpoint in Path(os.path.realpath(lower)).parents:
-        raise UsageError(f"{mountpoint} contains {lower}, which the mount would hide; choose another mount point")
-    return open_mount(lower)
-
-
-def _same_tree(lower: int, file_system: Passthrough) -> int:
-    """Returns ``lower``, and closes it if it raises: the kernel of this mount knows nodes of the tree that it began with."""
-    try:
-        if os.fstat(lower).st_ino != file_system.nodes.root.ino:
-            raise MountError("another directory is served under this name now; unmount this guest, and mount it again")
-    except BaseException:
-        os.close(lower)
-        raise
-    return lower
-
-
-def _is_same_mount(lower: int, file_system: Passthrough) -> bool:
-    # The number of a dead mount is not used again as long as a descriptor of it is open.
-    return os.fstat(lower).st_dev == file_system.nodes.root_device
-
-
-def _introduce(welcome: Welcome, lower: int) -> None:
-    """Let the daemon see by which process this guest uses the export: it asks for a name that does not exist."""
-    with contextlib.suppress(OSError):
-        os.stat(introduction(welcome.session), dir_fd=lower, follow_symlinks=False)
 
 
 def _close_when_unused(session: Session, descriptors: list[int]) -> None:

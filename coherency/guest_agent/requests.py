@@ -9,17 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coherency.errors import MessageError
+from coherency.errors import MessageError, UsageError
 from coherency.guest_agent.channel import Channel
 from coherency.ids import Epoch
 from coherency.leases import LONGEST_LEASE_NS
 from coherency.protocol import (
+    EvictReply,
+    EvictRequest,
     GuestReport,
     Invalidated,
     InvalidateRequest,
     Message,
     StatusReply,
     StatusRequest,
+    encode,
 )
 from coherency.rendezvous import CONTROL_SOCKET_NAME
 
@@ -65,6 +68,24 @@ def invalidate(runtime_root: Path, name: str, *, patience: Patience | None = Non
         deadline_ns = began_ns + patience.invalidation_ns
         channel.ask(InvalidateRequest())
         return Epoch(require(Invalidated, channel.answer(deadline_ns)).epoch)
+
+
+def evict(runtime_root: Path, name: str, guest: str, *, patience: Patience | None = None) -> int:
+    """Make the daemon of `name` send a guest away: all of this name, or the one with this id.  Returns how many.
+
+    Waits until their kernels have forgotten what they were granted, which takes one lease if they do not answer.
+    Raises like `invalidate`; `Refused` also if there is no such guest.
+    """
+    patience = patience or Patience()
+    began_ns = time.monotonic_ns()
+    request = EvictRequest(guest)
+    try:
+        encode(request)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    with contextlib.closing(Channel.dial(runtime_root, name, deadline_ns=began_ns + patience.answer_ns)) as channel:
+        channel.ask(request)
+        return require(EvictReply, channel.answer(began_ns + patience.invalidation_ns)).guests
 
 
 def served_names(runtime_root: Path) -> list[str]:

@@ -149,8 +149,8 @@ def plan() -> Plan:
 
 def test_the_plan_was_read(plan: Plan) -> None:
     assert [room.names[0] for room in plan.rooms] == [
-        "errors", "ids", "shm_abi", "shm_memory", "rendezvous", "events", "leases", "protocol", "fuse", "daemon", "guest_agent", "sim",
-        "demo", "cli", "__init__",
+        "errors", "ids", "shm_abi", "shm_memory", "rendezvous", "events", "leases", "protocol", "vm_args", "fuse", "daemon",
+        "guest_agent", "sim", "demo", "cli", "__init__",
     ]  # fmt: skip
     rooms = {room.names[0]: room for room in plan.rooms}
     assert rooms["errors"].may_import == []

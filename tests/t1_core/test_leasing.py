@@ -13,7 +13,6 @@ from coherency.ids import GrantKey
 from coherency.protocol import (
     Ack,
     Confirm,
-    Decoder,
     Evicted,
     Goodbye,
     GuestReport,
@@ -35,6 +34,7 @@ from coherency.protocol import (
     Welcome,
     encode,
 )
+from coherency.protocol_stream import Decoder
 from tests.switchboards import FIRST_SESSION, LEASE_NS, LIMITS, OWNER, ROOT, SLOT_COUNT, STRANGER, WELCOME, Bench
 
 A, B, C = GrantKey(2), GrantKey(5), GrantKey(8)

@@ -16,7 +16,6 @@ from coherency.protocol import (
     HEADER,
     MAX_FRAME_BYTES,
     MAX_PAYLOAD_BYTES,
-    Decoder,
     Goodbye,
     GuestReport,
     Hello,
@@ -30,6 +29,7 @@ from coherency.protocol import (
     encode,
 )
 from coherency.protocol_fields import MAX_ITEMS, Choice, Flag, Kind, Path, Report, Text, Unsigned
+from coherency.protocol_stream import Decoder
 from coherency.rendezvous import check_share_name
 from tests.control_messages import REPORT, frame, messages, packed
 
@@ -287,7 +287,7 @@ def test_a_decoder_holds_less_than_a_frame_however_much_it_is_fed() -> None:
     for start in range(0, len(data), 65536):
         decoder.feed(data[start : start + 65536])
         assert decoder.statistics().held_bytes < len(data) // 1000
-    assert decoder.statistics() == (1000, len(data), 0)
+    assert decoder.statistics() == (1000, len(data), 0, 0)
 
 
 # --- what we send --------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coherency.errors import PeerError
-from coherency.protocol import HEADER, MAX_FRAME_BYTES, Decoder, Message, decode_payload, encode
+from coherency.protocol import HEADER, MAX_FRAME_BYTES, Message, decode_payload, encode
+from coherency.protocol_stream import Decoder
 from tests.control_messages import frame, messages
 
 # What msgpack can say, legal here or not, and what it cannot.

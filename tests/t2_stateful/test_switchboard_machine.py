@@ -29,7 +29,6 @@ from coherency.ids import Epoch, GrantKey
 from coherency.protocol import (
     Ack,
     Confirm,
-    Decoder,
     GuestReport,
     Hello,
     Message,
@@ -45,6 +44,7 @@ from coherency.protocol import (
     Welcome,
     encode,
 )
+from coherency.protocol_stream import Decoder
 from tests.control_messages import REPORT, frame, messages
 from tests.switchboards import make_leasing
 

@@ -24,7 +24,6 @@ from coherency.daemon.switchboard import Limits
 from coherency.errors import DaemonUnavailable, Refused
 from coherency.guest_agent.client import Client, fetch_status, invalidate
 from coherency.protocol import (
-    Decoder,
     Goodbye,
     GuestReport,
     Hello,
@@ -39,6 +38,7 @@ from coherency.protocol import (
     Welcome,
     encode,
 )
+from coherency.protocol_stream import Decoder
 from coherency.shm_table import TableReader
 from tests.control_daemon import PATIENT, ControlDaemon, DaemonProcess
 from tests.control_messages import REPORT, frame

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from coherency.protocol import Decoder, Goodbye, Message
+from coherency.protocol import Goodbye, Message
+from coherency.protocol_stream import Decoder
 from tests.dropping import Call, Dropping, dropping
 from tests.passthrough import TIMEOUT_S, eventually
 from tests.scenarios.comparing import attempt

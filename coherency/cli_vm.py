@@ -1,0 +1,109 @@
+"""Virtual machines on the command line: what QEMU must be told, how the agent inside finds the daemon; and ``evict``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import click
+
+from coherency.cli_messages import errors_as_messages, json_option, runtime_dir_option
+from coherency.errors import UsageError
+from coherency.guest_agent.links import Link
+from coherency.guest_agent.requests import evict, fetch_status
+from coherency.guest_agent.virtual_machine import VirtualMachine
+from coherency.rendezvous import VIRTIO_PORT_NAME
+from coherency.vm_args import DEFAULT_MEMORY, FORMATS, VirtualMachineOptions, libvirt_text, qemu_text
+
+_VIRTIOFSDS: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
+"""Where distributions have it; the first one that is there, or the first."""
+
+
+def link_of(name: str, control: str, table: str, lower: Path | None) -> Link | None:
+    """The way to the daemon that the options of ``mount`` describe; None: its socket. `UsageError` if they contradict each other."""
+    kind, _, port = control.partition(":")
+    if kind not in ("socket", "virtio-serial") or (port and kind == "socket") or control.endswith(":"):
+        raise UsageError(f"--control is socket, virtio-serial or virtio-serial:PORT, not {control!r}")
+    if (kind == "virtio-serial") != (table == "pci"):
+        raise UsageError("--control virtio-serial and --table pci belong together: the table cannot come by a serial port")
+    if kind == "socket":
+        return None
+    if lower is None:
+        raise UsageError("--control virtio-serial needs --lower: where virtiofs has mounted the export in this machine")
+    return VirtualMachine(name, port=port or VIRTIO_PORT_NAME)
+
+
+def _installed_virtiofsd() -> str:
+    return next((each for each in _VIRTIOFSDS if Path(each).exists()), _VIRTIOFSDS[0])
+
+
+@click.command("vm-args")
+@click.argument("name")
+@click.option("--guest", required=True, help="What the daemon calls the virtual machine.")
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True,
+    help="Options of QEMU, one with its value on each line, or elements of a libvirt domain.",
+)  # fmt: skip
+@click.option("--memory", default=DEFAULT_MEMORY, show_default=True, help="Of the machine: virtiofsd must be able to map it.")
+@click.option("--port", default=VIRTIO_PORT_NAME, show_default=True, help="The name of the virtio-serial port: each share needs its own.")
+@click.option("--virtiofsd", help="The program. [default: where distributions install it]")
+@runtime_dir_option
+@json_option
+def vm_args_command(
+    name: str, guest: str, form: str, memory: str, port: str, virtiofsd: str | None, runtime_dir: Path, as_json: bool
+) -> None:
+    """Print how a virtual machine becomes a guest of NAME, which must be served now.
+
+    The daemon should be started with --table posix: then the machine survives its restart.
+
+    \b
+    coherency vm-args work --guest vm1
+    qemu-system-x86_64 ... $(coherency vm-args work --guest vm1 | grep -v '^#')
+    coherency vm-args work --guest vm1 --format libvirt
+    """
+    with errors_as_messages():
+        directory = runtime_dir.absolute()
+        report = fetch_status(directory, name)
+        options = VirtualMachineOptions(
+            name, guest, str(directory), int(report["table_bytes"]), virtiofsd or _installed_virtiofsd(), memory, port
+        )
+    if as_json:
+        document = {
+            "qemu": [each for pair in options.qemu() for each in pair],
+            "virtiofsd": options.virtiofsd_command,
+            "tag": options.tag,
+            "mount": options.mount_command,
+            "libvirt": libvirt_text(options),
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    if report["table_kind"] == "memfd":
+        click.echo("coherency: the machine will not survive a restart of the daemon: see serve --table posix", err=True)
+    if form == "qemu":
+        click.echo(qemu_text(options), nl=False)
+    else:
+        click.echo("\n".join(f"# {line}" for line in options.hints(starts_virtiofsd=False)), err=True)
+        click.echo(libvirt_text(options), nl=False)
+
+
+@click.command("evict")
+@click.argument("name")
+@click.argument("guest")
+@runtime_dir_option
+@json_option
+def evict_command(name: str, guest: str, runtime_dir: Path, as_json: bool) -> None:
+    """Send a guest of NAME away: GUEST is its name, or its number in status --json.
+
+    It is told to forget everything, and waited for: one lease at most. An agent that is alive comes back by itself, with nothing
+    cached; to keep a virtual machine out, shut it down or disconnect its control port.
+
+    \b
+    coherency evict work vm1
+    """
+    with errors_as_messages():
+        count = evict(runtime_dir, name, guest)
+    if as_json:
+        click.echo(json.dumps({"name": name, "guest": guest, "evicted": count}))
+    else:
+        click.echo(f"evicted {count} guest{'' if count == 1 else 's'} of '{name}'")
