@@ -294,7 +294,11 @@ class Switchboard:
             return
         if isinstance(request, EvictRequest):
             self._evict_for(peer, request.guest, now_ns)
-            return
+        else:
+            self._invalidate_for(peer, now_ns)
+        self._answer_orders(now_ns)
+
+    def _invalidate_for(self, peer: Peer, now_ns: int) -> None:
         try:
             epoch = self._invalidate()
         except Exception as error:  # noqa: BLE001 - it costs the asker its answer, and nobody else anything

@@ -25,9 +25,9 @@ from coherency.rendezvous import VIRTIO_PORT_NAME
 from coherency.shm_memory import map_pci_region, pci_devices
 from coherency.shm_table import TableReader
 
-_IVSHMEM: Final = (0x1AF4, 0x1110)
+IVSHMEM: Final = (0x1AF4, 0x1110)
 """Vendor and device of QEMU's ivshmem-plain; its shared memory is region 2."""
-_REGION: Final = 2
+IVSHMEM_REGION: Final = 2
 _LOOK_AGAIN_NS: Final = 20_000_000
 
 
@@ -122,9 +122,9 @@ class VirtualMachine:
         """The table of `welcome`, out of the devices that there are.  Raises `TableError` if none of them has it."""
         wanted = (welcome.table_id_high, welcome.table_id_low)
         reasons = []
-        for device in pci_devices(*_IVSHMEM, self._pci):
+        for device in pci_devices(*IVSHMEM, self._pci):
             try:
-                memory = map_pci_region(device, _REGION, welcome.table_bytes)
+                memory = map_pci_region(device, IVSHMEM_REGION, welcome.table_bytes)
                 # The reader alone keeps the mapping: other threads may still compare words of a reader that was withdrawn.
                 return TableReader(memory.words, trust_ns=welcome.trust_ns, table_id=wanted)
             except TableError as error:

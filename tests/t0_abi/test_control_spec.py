@@ -1,12 +1,13 @@
 """docs/spec/control.md is compared with the code: every message, limit, state and name in it."""
 
+import errno
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from coherency import leases, protocol, rendezvous
+from coherency import leases, protocol, protocol_stream, rendezvous
 from coherency.daemon.leasing import MAX_RENEWALS
 from coherency.daemon.peer_states import TRANSITIONS, PeerEvent, PeerState
 from coherency.daemon.runtime import DIRECTORY_MODE
@@ -14,6 +15,7 @@ from coherency.daemon.server import SOCKET_MODE
 from coherency.daemon.switchboard import Limits
 from coherency.guest_agent.client import LINK_TRANSITIONS, LinkEvent, LinkState
 from coherency.guest_agent.requests import Patience
+from coherency.guest_agent.virtual_machine import IVSHMEM, IVSHMEM_REGION
 from coherency.protocol import CATALOGUE, HEADER, MAGIC, RefusalCode, wire_fields
 from coherency.protocol_fields import MAX_ITEMS, REPORT_KEYS, Report
 
@@ -192,6 +194,16 @@ def test_limits_of_grants() -> None:
         "max_keys_per_guest": leases.MAX_KEYS_PER_GUEST,
         "renewals": MAX_RENEWALS,
     }
+
+
+def test_limits_of_serial_lines() -> None:
+    assert {row["limit"]: int(row["value"]) for row in table("9. Serial lines", "limit")} == {
+        "skipped": protocol_stream.MAX_SKIPPED_BYTES,
+        "false_starts": protocol_stream.MAX_FALSE_STARTS,
+    }
+    vendor, device = IVSHMEM
+    assert f"region {IVSHMEM_REGION} of a PCI device {vendor:04x}:{device:04x}" in section("9. Serial lines")
+    assert f"answers {errno.errorcode[errno.EISCONN]}" in section("8. Grants")
 
 
 def test_negative_control_the_comparison_sees_a_change() -> None:

@@ -77,7 +77,7 @@ def test_any_cuts(sent: list[Message], cuts: list[int]) -> None:
 
 def test_the_bytes_of_a_hello_are_those_of_the_specification() -> None:
     """Frozen: a change of these bytes is another version of the protocol."""
-    header, payload = "434f483116000000f9ee2744", "960101a767756573742d31cd1267a661636365737300"
+    header, payload = "434f48311e000000e0c38daf", "980101a767756573742d31cd1267a661636365737300a6736f636b657400"
     assert encode(HELLO).hex() == header + payload
 
 
@@ -176,20 +176,21 @@ NO_MESSAGES: dict[str, object] = {
     "nil as number": [0x10, None],
     "negative": [0x10, -1],
     "beyond 32 bits": [0x10, 2**32],
-    "empty name": [0x01, 1, "", 1, "none", 0],
-    "long name": [0x01, 1, "n" * 65, 1, "none", 0],
-    "long name in bytes only": [0x01, 1, "é" * 33, 1, "none", 0],
-    "binary name": [0x01, 1, b"name", 1, "none", 0],
-    "line break in a name": [0x01, 1, "guest\ndropping peer 7", 1, "none", 0],
-    "terminal escape in a name": [0x01, 1, "\x1b[2J", 1, "none", 0],
-    "unknown mode": [0x01, 1, "name", 1, "writeback", 0],
-    "list as mode": [0x01, 1, "name", 1, ["none"], 0],
-    "list as name": [0x01, 1, ["name"], 1, "none", 0],
-    "nul in a path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, b"/a\0b", b"/e"],
-    "empty path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, b"", b"/e"],
-    "long path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, b"/" * 4096, b"/e"],
-    "text as path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, "/a", b"/e"],
-    "number as flag": [0x21, 1, "n", 1, "none", 0, 1, *COUNTERS],
+    "empty name": [0x01, 1, "", 1, "none", 0, "socket", 0],
+    "long name": [0x01, 1, "n" * 65, 1, "none", 0, "socket", 0],
+    "long name in bytes only": [0x01, 1, "é" * 33, 1, "none", 0, "socket", 0],
+    "binary name": [0x01, 1, b"name", 1, "none", 0, "socket", 0],
+    "line break in a name": [0x01, 1, "guest\ndropping peer 7", 1, "none", 0, "socket", 0],
+    "terminal escape in a name": [0x01, 1, "\x1b[2J", 1, "none", 0, "socket", 0],
+    "unknown mode": [0x01, 1, "name", 1, "writeback", 0, "socket", 0],
+    "list as mode": [0x01, 1, "name", 1, ["none"], 0, "socket", 0],
+    "unknown line": [0x01, 1, "name", 1, "none", 0, "pipe", 0],
+    "list as name": [0x01, 1, ["name"], 1, "none", 0, "socket", 0],
+    "nul in a path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, b"/a\0b", b"/e", 0],
+    "empty path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, b"", b"/e", 0],
+    "long path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, b"/" * 4096, b"/e", 0],
+    "text as path": [0x02, 1, 1, 5, 9, 1, 1, 1, 1, "/a", b"/e", 0],
+    "number as flag": [0x21, 1, "n", 1, "none", 0, 1, *COUNTERS, 0, 0, 0, 0, "socket"],
     "version as text": [0x20, "1"],
     "no version": [0x20],
     "report as list": [0x22, [1]],

@@ -204,8 +204,9 @@ def half_a_frame(peer: RawPeer) -> None:
     peer.sock.send(HELLO[:20])
 
 
-def silence(peer: RawPeer) -> None:
-    """Nothing at all."""
+def idleness(peer: RawPeer) -> None:
+    """An operator that has had its answer, and stays."""
+    peer.sock.send(encode(StatusRequest()))
 
 
 def dribble(peer: RawPeer) -> None:
@@ -228,11 +229,11 @@ DROPPED = r"dropping .*peer \d+ \(pid \d+, uid \d+\): "
         (oversized, RefusalCode.FAULT, "a payload of 1073741824 bytes"),
         (endless, RefusalCode.FAULT, "a payload of "),
         (wrong_checksum, RefusalCode.FAULT, "a payload with another checksum"),
-        (wrong_fields, RefusalCode.FAULT, "Hello: 1 fields instead of 5"),
+        (wrong_fields, RefusalCode.FAULT, "Hello: 1 fields instead of 7"),
         (wrong_moment, RefusalCode.FAULT, "Hello does not belong into the state 'guest'"),
         (newer_version, RefusalCode.VERSION, "Hello: the peer speaks version 2, we speak 1"),
         (half_a_frame, RefusalCode.LATE, "began a frame and did not finish it within 0.2 s"),
-        (silence, RefusalCode.LATE, "sent no request within 0.4 s"),
+        (idleness, RefusalCode.LATE, "sent no request within 0.4 s"),
         (dribble, RefusalCode.LATE, "began a frame and did not finish it within 0.2 s"),
     ],
 )
@@ -325,11 +326,13 @@ def test_two_hundred_connections_leave_no_descriptor(daemon: ControlDaemon) -> N
     until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # less: something of an earlier test has gone meanwhile
 
 
-@pytest.mark.expected_logs(DROPPED + "too many connections")
+@pytest.mark.expected_logs(DROPPED + "too many connections", "hung up without a goodbye")
 def test_too_many_connections(socket_dir: Path) -> None:
     with ControlDaemon(socket_dir, "share-1", limits=replace(PATIENT, peers=5)) as daemon:
         peers = [RawPeer(daemon.path) for _ in range(5)]
-        until(lambda: daemon.server.statistics().peers == 5)
+        for peer in peers:  # who says nothing would make room
+            peer.sock.send(HELLO)
+        until(lambda: daemon.server.statistics().guests == 5)
         for _ in range(50):  # it does not wait for a question before it hangs up, and often is faster than that
             with pytest.raises(Refused, match="too many connections") as caught:
                 fetch_status(daemon.root, daemon.name)
