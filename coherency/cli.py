@@ -26,7 +26,7 @@ from coherency import __version__
 from coherency.cli_check import check_command
 from coherency.cli_messages import errors_as_messages, finite_seconds, json_option, runtime_dir_option
 from coherency.cli_simulate import simulate_command
-from coherency.cli_vm import evict_command, link_of, vm_args_command
+from coherency.cli_vm import evict_command, forget_command, link_of, vm_args_command
 from coherency.daemon.leasing import GRANTING_MODES
 from coherency.daemon.service import DANGERS, Service, ServiceOptions
 from coherency.demo import Demo, Step
@@ -94,7 +94,8 @@ def _group(_context: click.Context, _parameter: click.Parameter, value: str | No
     type=click.Choice(["memfd", "posix"]),
     default="memfd",
     show_default=True,
-    help="Where the version table lives: sealed anonymous memory, or a POSIX object with a stable name (for QEMU).",
+    help="Where the version table lives: sealed anonymous memory, or a POSIX object that stays when the daemon ends, for virtual "
+    "machines.",
 )
 @click.option(
     "--slots",
@@ -384,5 +385,6 @@ def _print_step(console: Console, step: Step) -> None:
 
 main.add_command(check_command)
 main.add_command(evict_command)
+main.add_command(forget_command)
 main.add_command(vm_args_command)
 main.add_command(simulate_command)

@@ -9,6 +9,7 @@ from typing import Final
 import click
 
 from coherency.cli_messages import errors_as_messages, json_option, runtime_dir_option
+from coherency.daemon.service import forget
 from coherency.errors import UsageError
 from coherency.guest_agent.links import Link
 from coherency.guest_agent.requests import evict, fetch_status
@@ -66,8 +67,9 @@ def vm_args_command(
         directory = runtime_dir.absolute()
         report = fetch_status(directory, name)
         options = VirtualMachineOptions(
-            name, guest, str(directory), int(report["table_bytes"]), virtiofsd or _installed_virtiofsd(), memory, port
-        )
+            name, guest, str(directory), int(report["table_bytes"]), report["table_kind"] == "posix",
+            virtiofsd or _installed_virtiofsd(), memory, port,
+        )  # fmt: skip
     if as_json:
         document = {
             "qemu": [each for pair in options.qemu() for each in pair],
@@ -85,6 +87,22 @@ def vm_args_command(
     else:
         click.echo("\n".join(f"# {line}" for line in options.hints(starts_virtiofsd=False)), err=True)
         click.echo(libvirt_text(options), nl=False)
+
+
+@click.command("forget")
+@click.argument("name")
+@runtime_dir_option
+def forget_command(name: str, runtime_dir: Path) -> None:
+    """Remove what a daemon with --table posix has kept for virtual machines when it ended: the table, and the window of virtiofsd.
+
+    Machines that have them keep an old table, which nobody believes any more, and an empty directory: they must be restarted.
+
+    \b
+    coherency forget work
+    """
+    with errors_as_messages():
+        found = forget(runtime_dir.absolute(), name)
+    click.echo(f"forgot '{name}'" if found else f"there was nothing to forget of '{name}'")
 
 
 @click.command("evict")

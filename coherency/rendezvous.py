@@ -13,6 +13,7 @@ TABLE_LINK_NAME: Final = "table"
 EXPORT_DIRECTORY_NAME: Final = "export"
 LOCK_FILE_NAME: Final = "lock"
 SESSIONS_FILE_NAME: Final = "sessions"
+WINDOW_DIRECTORY_NAME: Final = "vm"
 VIRTIO_PORT_NAME: Final = "coherency.0"
 """In a virtual machine: the virtio-serial port that leads to the control socket, unless the operator says otherwise."""
 _SHARE_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")

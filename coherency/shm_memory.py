@@ -171,6 +171,15 @@ def create_posix(name: str, size_bytes: int, *, gid: int | None = None) -> Owned
         raise
 
 
+def remove_posix(name: str) -> bool:
+    """Remove a POSIX object; who has it mapped keeps it.  False if there was none.  Raises `OSError` if it is another user's."""
+    try:
+        _unlink_posix(name)
+    except posix_ipc.ExistentialError:
+        return False
+    return True
+
+
 def map_read_only(fd: int, size_bytes: int | None) -> MappedMemory:
     """Map all of `fd` read-only; `fd` may be closed afterwards.
 

@@ -4,7 +4,7 @@ Three things go into the machine, each through something that QEMU has anyway:
 
 * the version table, as a PCI device whose memory the guest can read and cannot change (ivshmem-plain);
 * the control channel, as a virtio-serial port that is connected to the daemon's control socket;
-* the export, by virtiofs: virtiofsd serves its mount point, and caches nothing.
+* the export, by virtiofs: virtiofsd serves it, or the window in which it is seen, and the machine caches nothing of it.
 
 What is in virtiofs' hands is shared memory of the guest: it needs a memory backend that virtiofsd can map.
 """
@@ -23,6 +23,7 @@ from coherency.rendezvous import (
     EXPORT_DIRECTORY_NAME,
     TABLE_LINK_NAME,
     VIRTIO_PORT_NAME,
+    WINDOW_DIRECTORY_NAME,
     check_share_name,
 )
 
@@ -39,13 +40,15 @@ _LEGACY_VIRTIOFSD: Final = "/usr/lib/qemu/"
 class VirtualMachineOptions:
     """What is asked for.  Raises `UsageError` if a name or a size is none.
 
-    `guest` is what the daemon shall call the machine; `table_bytes` the size of the daemon's table; `virtiofsd` its program.
+    `guest` is what the daemon shall call the machine; `table_bytes` the size of the daemon's table; `has_window` whether there is
+    one that outlives the daemon, see `daemon.window`; `virtiofsd` the program of that name.
     """
 
     name: str
     guest: str
     runtime_root: str
     table_bytes: int
+    has_window: bool
     virtiofsd: str
     memory: str = DEFAULT_MEMORY
     port: str = VIRTIO_PORT_NAME
@@ -70,9 +73,9 @@ class VirtualMachineOptions:
         return f"{self.directory}/{CONTROL_SOCKET_NAME}"
 
     @property
-    def export(self) -> str:
+    def shared(self) -> str:
         """What virtiofsd serves."""
-        return f"{self.directory}/{EXPORT_DIRECTORY_NAME}"
+        return f"{self.directory}/{WINDOW_DIRECTORY_NAME if self.has_window else EXPORT_DIRECTORY_NAME}"
 
     @property
     def virtiofsd_socket(self) -> str:
@@ -96,11 +99,11 @@ class VirtualMachineOptions:
     @property
     def virtiofsd_command(self) -> list[str]:
         """What root starts on the host before the machine, and again with each start of it: it ends with its machine."""
-        export, socket = self.export, self.virtiofsd_socket
+        shared, socket = self.shared, self.virtiofsd_socket
         threads = f"--thread-pool-size={_THREADS}"
         if self.virtiofsd.startswith(_LEGACY_VIRTIOFSD):
-            return [self.virtiofsd, f"--socket-path={socket}", threads, "-o", f"source={export},cache=none,xattr"]
-        return [self.virtiofsd, f"--socket-path={socket}", threads, f"--shared-dir={export}", "--cache=never", "--xattr"]
+            return [self.virtiofsd, f"--socket-path={socket}", threads, "-o", f"source={shared},cache=none,xattr"]
+        return [self.virtiofsd, f"--socket-path={socket}", threads, f"--shared-dir={shared}", "--cache=never", "--xattr"]
 
     def qemu(self) -> list[list[str]]:
         """The options, each with its value."""
@@ -164,7 +167,7 @@ def libvirt_text(options: VirtualMachineOptions) -> str:
         "        <cache mode='none'/>",
         f"        <thread_pool size='{_THREADS}'/>",
         "      </binary>",
-        f"      <source dir={quoteattr(options.export)}/>",
+        f"      <source dir={quoteattr(options.shared)}/>",
         f"      <target dir={quoteattr(options.tag)}/>",
         "    </filesystem>",
         "  </devices>",

@@ -7,7 +7,7 @@ Rules:
 2. `lock` has content from the moment its owner may have served until `release`.  So content found by a new owner means
    that the predecessor died without `release`, even if others died between them and removed all other traces.
 3. Only the owner removes anything, and nothing but what a daemon makes: the socket, the table link, a FUSE mount at
-   `export`, and on `release` the directories and `lock` itself.
+   `export`, and on `release` the directories and `lock` itself.  The window stays (`window`), and with it the directory.
 4. A dead mount is never asked for anything (it might not answer): what is mounted stands in /proc/self/mountinfo.
 5. A `lock` that was removed between opening and locking is nobody's: start again.
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from coherency.daemon.journal import remove_journal
+from coherency.daemon.window import Window
 from coherency.errors import AlreadyServing, MountError, UsageError
 from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mounts
 from coherency.fuse.syscalls import MNT_DETACH, umount
@@ -33,6 +34,7 @@ from coherency.rendezvous import (
     LOCK_FILE_NAME,
     SESSIONS_FILE_NAME,
     TABLE_LINK_NAME,
+    WINDOW_DIRECTORY_NAME,
     check_share_name,
 )
 
@@ -59,6 +61,7 @@ class RuntimeDirectory:
         self.table = self.path / TABLE_LINK_NAME
         self.export = self.path / EXPORT_DIRECTORY_NAME
         self.sessions = self.path / SESSIONS_FILE_NAME
+        self.window = Window(self.path / WINDOW_DIRECTORY_NAME)
 
     def claim(self) -> Claim:
         """Make the name this process's own, and the directory as it should be before serving.
@@ -166,7 +169,7 @@ class Claim:
             directory.export.rmdir()
             directory.lock.unlink()  # by rule 2 only when nothing is left that the next claim should know of
             with contextlib.suppress(OSError):
-                directory.path.rmdir()  # fails if the next claim has begun already
+                directory.path.rmdir()  # fails if the next claim has begun already, or there is a window
         except (OSError, UsageError) as error:
             _log.warning("could not remove everything in %s: %s", directory.path, error)
         finally:

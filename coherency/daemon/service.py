@@ -39,7 +39,7 @@ from coherency.fuse.session import Session
 from coherency.leases import DEFAULT_LEASE_NS, agent_lease_ns
 from coherency.protocol import Welcome
 from coherency.protocol_fields import ReportValue
-from coherency.shm_memory import OwnedMemory, create_memfd, create_posix
+from coherency.shm_memory import OwnedMemory, create_memfd, create_posix, remove_posix
 from coherency.shm_table import (
     DEFAULT_SLOT_COUNT,
     HEARTBEAT_PERIOD_NS,
@@ -108,13 +108,11 @@ class Service:
             self.hold = self.journal.hold
             undo.callback(_only_daemon_of(share, options.share).close)
             if options.posix_table:
-                refusal = f"another daemon serves from the table of '{options.name}'; choose another --name"
-                undo.callback(_mark(f"table/{options.name}", refusal).close)
+                undo.callback(_mark_of_table(options.name).close)
             self._hand_to_group(directory.path)
             memory, table = self._make_table()
             self.table = table
             undo.callback(memory.close)
-            undo.callback(memory.unlink)
             os.symlink(memory.path, directory.table)
             read_only = memory.read_only_fd()
             undo.callback(os.close, read_only)
@@ -140,6 +138,9 @@ class Service:
             raise
         undo.callback(self.session.close)
         self.session.start()
+        if options.posix_table:
+            directory.window.open()
+            self.session.bind(str(directory.window.export))
         if options.in_place:
             self.session.bind(str(options.share))
         undo.callback(self.server.close)
@@ -197,7 +198,7 @@ class Service:
     def _make_memory(self) -> OwnedMemory:
         size = bytes_needed(self.options.slot_count)
         if self.options.posix_table:
-            return create_posix(f"/coherency-{self.options.name}", size, gid=self.options.gid)
+            return create_posix(_posix_name(self.options.name), size, gid=self.options.gid)
         return create_memfd(f"coherency-{self.options.name}", size)
 
     def _beat(self) -> None:
@@ -268,6 +269,31 @@ class Service:
 
     def _in_place(self) -> str:
         return "off" if not self.options.in_place else "on" if self.session.is_everywhere() else "uncovered"
+
+
+def forget(runtime_root: Path, name: str) -> bool:
+    """Remove what daemons of this name keep for virtual machines when they end: the POSIX table, and the window.
+
+    False if there was nothing. Raises ``AlreadyServing`` if one serves now, and like ``RuntimeDirectory.claim``.
+    """
+    directory = RuntimeDirectory(runtime_root, name)
+    had_window = directory.window.path.exists()
+    with contextlib.closing(_mark_of_table(name)):
+        claim = directory.claim()
+        try:
+            directory.window.close()
+            had_table = remove_posix(_posix_name(name))
+        finally:
+            claim.release(clean=not claim.unclean)
+    return had_window or had_table
+
+
+def _posix_name(name: str) -> str:
+    return f"/coherency-{name}"
+
+
+def _mark_of_table(name: str) -> socket.socket:
+    return _mark(f"table/{name}", f"another daemon serves from the table of '{name}'; choose another --name")
 
 
 def _only_daemon_of(share: int, path: Path) -> socket.socket:

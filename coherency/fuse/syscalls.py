@@ -26,6 +26,7 @@ UTIME_NOW: Final = (1 << 30) - 1
 UTIME_OMIT: Final = (1 << 30) - 2
 MS_NODEV: Final = 4
 MS_BIND: Final = 4096
+MS_SHARED: Final = 1 << 20
 MNT_FORCE: Final = 1
 MNT_DETACH: Final = 2
 CLONE_FS: Final = 0x200

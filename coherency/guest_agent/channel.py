@@ -158,6 +158,7 @@ class Channel:
         except BlockingIOError:
             return
         except OSError as error:  # also the channel closed by another thread
+            self._unsent = b""
             raise ConnectionAbortedError(f"the daemon is gone: {error.strerror}") from error
 
     def fileno(self) -> int:

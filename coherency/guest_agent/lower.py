@@ -11,6 +11,7 @@ from coherency.fuse.mounts import open_mount
 from coherency.fuse.passthrough import Passthrough
 from coherency.leases import introduction
 from coherency.protocol import Welcome
+from coherency.rendezvous import EXPORT_DIRECTORY_NAME
 
 
 def open_export(welcome: Welcome, mountpoint: Path) -> int:
@@ -23,14 +24,27 @@ def open_export(welcome: Welcome, mountpoint: Path) -> int:
     return open_mount(lower)
 
 
-def open_given(lower: Path, mountpoint: Path) -> int:
-    """Open a directory that the operator says is the export; whether it is remains to be seen. Raises like ``open_export``."""
-    place = Path(os.path.realpath(lower))
+def open_given(given: Path, welcome: Welcome, mountpoint: Path) -> int:
+    """Open the export where the operator says that it is to be seen: the directory itself, or ``export`` in it.
+
+    In a virtual machine it is the latter if virtiofsd serves the daemon's window. The daemon tells by the introduction which of
+    them it is. Raises like ``open_export``.
+    """
+    place = Path(os.path.realpath(given))
     _check_place(mountpoint, place)
-    try:
-        return os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MountError(f"cannot open the lower directory {lower}: {error.strerror}") from error
+    for lower in (place, place / EXPORT_DIRECTORY_NAME):
+        try:
+            fd = os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise MountError(f"cannot open the lower directory {lower}: {error.strerror}") from error
+        if introduce(welcome, fd):
+            return fd
+        os.close(fd)
+    raise MountError(
+        f"{given} does not lead to {welcome.export} of the host: mount there what virtiofsd serves of it; coherency vm-args says how"
+    )
 
 
 def _check_place(mountpoint: Path, lower: Path, *others: Path) -> None:

@@ -176,18 +176,10 @@ class GuestMount:
 
     def _open_lower(self, welcome: Welcome) -> int:
         """The export's root, as this guest can reach it, and the daemon knows now by which process it will."""
-        given = self.options.lower
-        lower = open_export(welcome, self._mountpoint) if given is None else open_given(given, self._mountpoint)
-        try:
-            is_export = introduce(welcome, lower)
-            if given is not None and not is_export:
-                raise MountError(
-                    f"{given} does not lead to the export of '{self.options.name}' ({welcome.export} on the host): mount there what "
-                    "virtiofsd shares of it; coherency vm-args says how"
-                )
-        except BaseException:
-            os.close(lower)
-            raise
+        if self.options.lower is not None:
+            return open_given(self.options.lower, welcome, self._mountpoint)
+        lower = open_export(welcome, self._mountpoint)
+        introduce(welcome, lower)
         return lower
 
     def _make_file_system(self, lower: int) -> Passthrough:
