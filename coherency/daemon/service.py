@@ -278,13 +278,13 @@ def forget(runtime_root: Path, name: str) -> bool:
     """
     directory = RuntimeDirectory(runtime_root, name)
     had_window = directory.window.path.exists()
-    with contextlib.closing(_mark_of_table(name)):
-        claim = directory.claim()
-        try:
+    claim = directory.claim()
+    try:
+        with contextlib.closing(_mark_of_table(name)):
             directory.window.close()
             had_table = remove_posix(_posix_name(name))
-        finally:
-            claim.release(clean=not claim.unclean)
+    finally:
+        claim.release(clean=not claim.unclean)
     return had_window or had_table
 
 

@@ -191,6 +191,8 @@ class Channel:
             data, descriptors = self._stream.read(with_descriptors=with_descriptors)
         except BlockingIOError:
             return []
+        except OSError as error:
+            raise ConnectionAbortedError(f"the daemon is gone: {error.strerror}") from error
         self._descriptors += descriptors
         if not data:
             raise ConnectionAbortedError("the daemon hung up")
