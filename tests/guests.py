@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
+from coherency.daemon.service import forget
 from coherency.guest_agent.api import GuestAgent
 from coherency.guest_agent.client import fetch_status
 
@@ -97,6 +98,8 @@ class Host:
 
     def __exit__(self, *exc: object) -> None:
         with contextlib.ExitStack() as undo:
+            if "posix" in self.serve_options:
+                undo.callback(forget, self.runtime_dir, self.name)  # what it has kept for virtual machines
             undo.callback(self.daemon.stop)
             for guest in self.guests.values():
                 undo.callback(guest.stop)

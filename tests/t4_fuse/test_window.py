@@ -15,8 +15,23 @@ from tests.waiting import until
 OBJECTS = Path("/dev/shm")
 ENOTCONN = "Transport endpoint is not connected"
 _SANDBOX = """
-import os, sys
-os.chdir(sys.argv[1])
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+place = os.fsencode(sys.argv[1])
+
+def call(function, *arguments):
+    if function(*arguments):
+        raise OSError(ctypes.get_errno(), "sandbox")
+
+MS_BIND, MS_REC, MNT_DETACH, PIVOT_ROOT = 0x1000, 0x4000, 2, 155
+call(libc.mount, place, place, None, MS_BIND | MS_REC, None)
+old_root = os.open("/", os.O_RDONLY)
+os.chdir(place)
+call(libc.syscall, PIVOT_ROOT, b".", b".")
+os.fchdir(old_root)
+call(libc.umount2, b".", MNT_DETACH)
+os.chdir("/")
+os.close(old_root)
 print("ready", flush=True)
 for name in sys.stdin:
     try:
@@ -27,7 +42,7 @@ for name in sys.stdin:
 
 
 class Sandbox:
-    """A process that serves a directory in a mount namespace of its own, as virtiofsd does: with the mounts of before, as a slave."""
+    """A process that has locked itself into a directory as virtiofsd does: a slave of the mounts of before, and then its root."""
 
     def __init__(self, directory: Path) -> None:
         self._process = subprocess.Popen(
@@ -57,15 +72,9 @@ class Sandbox:
 
 @pytest.fixture
 def host(socket_dir: Path) -> Iterator[Host]:
-    name = f"window-{os.getpid()}"
-    host = Host(socket_dir, "--table", "posix", name=name)
-    try:
-        with host:
-            (host.share / "file").write_text("1")
-            yield host
-    finally:
-        if (OBJECTS / f"coherency-{name}").exists():
-            forget(host)
+    with Host(socket_dir, "--table", "posix", name=f"window-{os.getpid()}") as host:
+        (host.share / "file").write_text("1")
+        yield host
 
 
 def coherency(host: Host, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -100,7 +109,7 @@ def test_a_sandbox_sees_one_daemon_after_the_other(host: Host) -> None:
 def test_negative_control_one_that_has_the_export_itself_is_left_with_nothing(host: Host) -> None:
     with Sandbox(host.export) as sandbox:
         assert sandbox.read("file") == "1"
-        host.daemon.stop()
+        host.daemon.kill()
         host.serve()
         assert sandbox.read("file") == ENOTCONN
 
