@@ -330,6 +330,7 @@ class Client:
             self.reader, self.welcome, self._channel = reader, welcome, channel
             self._state = LINK_TRANSITIONS[self._state, LinkEvent.WELCOME]
             self._connections += 1
+        self._look = self._link.watch(reader, self._clock_ns)
         self._hello = dataclasses.replace(self._hello, former=welcome.session)
         _log.info("connected to the daemon of '%s' as guest %d", self._name, welcome.guest_id)
         return lambda: self._grantor.joined(welcome, asked_at_ns, channel)
@@ -397,7 +398,7 @@ class Client:
     def _attend(self, channel: Channel) -> None:
         """One turn: look at the heartbeat, wait for messages until the next look, deal with them."""
         self.reader.pulse(self._clock_ns())
-        if trouble := self._grantor.tend():
+        if trouble := self._look() or self._grantor.tend():
             self._lose(trouble)
             return
         try:

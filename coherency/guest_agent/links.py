@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,9 @@ class Link(Protocol):
     def map_table(self, welcome: Welcome, descriptors: list[int]) -> TableReader:
         """The table of that Welcome; the descriptors that came with it stay the caller's.  Raises `TableError`."""
 
+    def watch(self, reader: TableReader, clock_ns: Callable[[], int]) -> Callable[[], str | None]:
+        """What tells, asked several times per second, why a connection with this table is of no use any more, if it is not."""
+
 
 class LocalLink:
     """The control socket of a daemon on this machine; the table comes with its Welcome."""
@@ -50,6 +54,10 @@ class LocalLink:
         # The reader alone keeps the mapping: other threads may still compare words of a reader that was withdrawn.
         table_id = (welcome.table_id_high, welcome.table_id_low)
         return TableReader(memory.words, trust_ns=welcome.trust_ns, table_id=table_id)
+
+    def watch(self, reader: TableReader, clock_ns: Callable[[], int]) -> Callable[[], str | None]:
+        """See `Link`.  Daemon and agent have one clock."""
+        return lambda: None
 
 
 def say_hello(channel: Channel, hello: Hello, deadline_ns: int) -> Welcome:

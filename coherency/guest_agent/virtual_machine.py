@@ -15,11 +15,13 @@ import errno
 import os
 import select
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from coherency.errors import LineUnavailable, TableError
 from coherency.guest_agent.channel import READ_BYTES, Channel, wait_readable
+from coherency.guest_agent.standstill import Standstill
 from coherency.protocol import Welcome
 from coherency.rendezvous import VIRTIO_PORT_NAME
 from coherency.shm_memory import map_pci_region, pci_devices
@@ -135,6 +137,10 @@ class VirtualMachine:
             "the daemon's version table is not in this machine; if the daemon was restarted, restart the machine too, or serve "
             f"with --table posix ({'; '.join(reasons)})"
         )
+
+    def watch(self, reader: TableReader, clock_ns: Callable[[], int]) -> Callable[[], str | None]:
+        """See `Link`."""
+        return Standstill(reader, clock_ns).trouble
 
 
 def _is_hung_up(fd: int) -> bool:
