@@ -231,7 +231,8 @@ class Channel:
 
     def close(self) -> None:
         """Close the connection and what nobody took.  May be called again; not while another thread receives."""
-        self._stream.close()
+        with self._send_lock:  # nobody may write to a number that is another file's by then
+            self._stream.close()
         for descriptor in self.take_descriptors():
             os.close(descriptor)
 

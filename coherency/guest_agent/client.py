@@ -25,7 +25,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, Self
 
-from coherency.errors import CoherencyError, DaemonUnavailable, PeerError, UsageError
+from coherency.errors import CoherencyError, DaemonUnavailable, PeerError, Refused, UsageError
 from coherency.guest_agent.channel import Channel, Interrupted, wait_readable
 from coherency.guest_agent.grantor import Grantor, NoGrants
 from coherency.guest_agent.links import Link, LocalLink, say_hello
@@ -295,12 +295,12 @@ class Client:
     # --- connecting and losing ---------------------------------------------------------------------------------
 
     def _join_first(self) -> Callable[[], None]:
-        """Join, and again while the time for an answer lasts if the host's end of a serial line is just being closed."""
+        """Join; on a serial line again, while the time for an answer lasts: what came before on it may have been at fault."""
         deadline_ns = time.monotonic_ns() + self._patience.answer_ns
         while True:
             try:
                 return self._join()
-            except DaemonUnavailable:
+            except (DaemonUnavailable, Refused):
                 if self._link.line != "serial" or time.monotonic_ns() >= deadline_ns:
                     raise
             wait_readable(self._wakeup, None, self._patience.first_retry_ns)

@@ -65,6 +65,7 @@ def test_rendezvous() -> None:
         rendezvous.CONTROL_SOCKET_NAME,
         rendezvous.TABLE_LINK_NAME,
         rendezvous.EXPORT_DIRECTORY_NAME,
+        rendezvous.WINDOW_DIRECTORY_NAME,
         rendezvous.SESSIONS_FILE_NAME,
     ]
     assert f"`{rendezvous.DEFAULT_RUNTIME_ROOT}`" in section("1. Rendezvous")

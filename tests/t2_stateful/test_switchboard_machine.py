@@ -27,8 +27,10 @@ from coherency.daemon.peer_states import Credentials, Peer, PeerId
 from coherency.daemon.switchboard import Limits, Switchboard
 from coherency.ids import Epoch, GrantKey
 from coherency.protocol import (
+    LINES,
     Ack,
     Confirm,
+    Goodbye,
     GuestReport,
     Hello,
     Message,
@@ -220,11 +222,27 @@ class Hostility(RuleBasedStateMachine):
             self.bad[which] = self.open()
 
     @precondition(lambda self: self.bad)
-    @rule(which=BAD, name=st.sampled_from(["bad", "good too"]), mode=st.sampled_from(["none", "prompt", "strict"]), of=BAD)
-    def become_a_guest(self, which: int, name: str, mode: str, of: int) -> None:
+    @rule(
+        which=BAD, name=st.sampled_from(["bad", "good too"]), mode=st.sampled_from(["none", "prompt", "strict"]), of=BAD,
+        line=st.sampled_from(LINES),
+    )  # fmt: skip
+    def become_a_guest(self, which: int, name: str, mode: str, of: int, line: str = "socket") -> None:
         if which in self.bad:
             former = self.sessions.get(self.bad.get(of, PeerId(0)), 0)
-            self.feed(self.bad[which], encode(Hello(name=name, pid=1, mode=mode, former=former)))
+            self.feed(self.bad[which], encode(Hello(name=name, pid=1, mode=mode, former=former, line=line)))
+
+    @precondition(lambda self: self.bad)
+    @rule(which=BAD, mode=st.sampled_from(["none", "strict"]), kept=st.integers(0, 15), keys=SOME_KEYS, goodbye=st.booleans())
+    def one_agent_after_the_other(self, which: int, mode: str, kept: int, keys: tuple[GrantKey, ...], goodbye: bool) -> None:
+        """On a serial line, each cut off in what it says."""
+        if which in self.bad and self.bad[which] not in self.dropped:
+            hello = Hello(name="bad", pid=1, mode=mode, former=0, line="serial")
+            self.feed(self.bad[which], encode(hello))
+            session = self.sessions.get(self.bad[which], 0)
+            last = encode(Goodbye()) if goodbye else encode(StatusRequest())[:kept]
+            said = encode(Register(session, 1, keys)) if mode == "strict" else b""
+            self.feed(self.bad[which], said + last)
+            self.feed(self.bad[which], encode(hello))
 
     @precondition(lambda self: self.bad)
     @rule(which=BAD, keys=ANY_KEYS, serial=st.integers(0, 3), what=st.integers(0, 3), foreign=st.booleans())

@@ -46,7 +46,7 @@ def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
 
 
 def test_there_are_the_commands_that_the_documents_name() -> None:
-    assert {"serve", "mount", "status", "invalidate", "demo"} <= set(COMMANDS)
+    assert {"serve", "mount", "status", "invalidate", "demo", "vm-args", "evict", "forget"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -114,6 +114,18 @@ IMPOSSIBLE = {
     "a mount point that is everything": (["mount", "n", "/"], "choose a directory below it"),
     "a guest's name in two lines": (["mount", "n", "point", "--guest", "a\nb"], "--guest is one line of up to 64 bytes"),
     "a guest's name without end": (["mount", "n", "point", "--guest", "x" * 65], "--guest is one line of up to 64 bytes"),
+    "a port without its table": (["mount", "n", "point", "--control", "virtio-serial", "--lower", "point"], "belong together"),
+    "a table without its port": (["mount", "n", "point", "--table", "pci", "--lower", "point"], "belong together"),
+    "a machine without a lower directory": (
+        ["mount", "n", "point", "--table", "pci", "--control", "virtio-serial"], "--control virtio-serial needs --lower",
+    ),
+    "an unknown way to the daemon": (["mount", "n", "point", "--control", "carrier-pigeon"], "--control is socket, virtio-serial or"),
+    "a socket with a port": (["mount", "n", "point", "--control", "socket:x"], "--control is socket, virtio-serial or"),
+    "a port without a name": (["mount", "n", "point", "--control", "virtio-serial:"], "--control is socket, virtio-serial or"),
+    "options for no guest": (["vm-args", "n"], "Missing option '--guest'"),
+    "options in no format": (["vm-args", "n", "--guest", "vm1", "--format", "vmx"], "'vmx' is not one of"),
+    "the eviction of a guest without a name": (["evict", "n", ""], "EvictRequest.guest: not of 1 to 64 bytes"),
+    "forgetting no name": (["forget", "a b"], "is not a name"),
     "a question about no name": (["status", "a b"], "is not a name"),
     "an epoch for no name": (["invalidate", "a b"], "is not a name"),
 }  # fmt: skip

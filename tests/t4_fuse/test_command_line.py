@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import stat
 import subprocess
@@ -22,6 +23,7 @@ from coherency.shm_memory import map_read_only
 from coherency.shm_table import TableReader
 from tests.guests import ROOT, Host, Program
 from tests.mounts import coherency_mounts_below
+from tests.waiting import until
 
 DEADLINE_S = 60.0
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
@@ -360,6 +362,56 @@ def test_a_posix_table_in_use_is_not_taken_from_its_daemon(socket_dir: Path) -> 
         assert host.status()["epoch"] == before["epoch"]
         (host.export / "file").write_text("xx")
         assert agent.stat("file").st_size == 2
+
+
+# ---- virtual machines, and evictions ----
+
+
+def test_the_options_of_a_virtual_machine_are_those_of_the_daemon(socket_dir: Path) -> None:
+    name = f"vm-args-{os.getpid()}"
+    with Host(socket_dir, "--table", "posix", "--slots", "1024", name=name) as host:
+        directory = host.runtime_dir / name
+        asked = ("vm-args", name, "--guest", "vm1", "--runtime-dir", host.runtime_dir)
+        printed = coherency(*asked)
+        assert (printed.returncode, printed.stderr) == (0, "")
+        words = [word for line in printed.stdout.splitlines() if not line.startswith("#") for word in shlex.split(line)]
+        document = json.loads(coherency(*asked, "--json").stdout)
+        assert document["qemu"] == words
+        table = f"size={host.status()['table_bytes']},share=on,readonly=on,mem-path={directory / 'table'}"
+        assert f"memory-backend-file,id=coherency-{name}-table,{table}" in words
+        assert (directory / "table").stat().st_size == host.status()["table_bytes"]
+        assert any(str(directory / "vm") in word for word in document["virtiofsd"])
+        assert os.listdir(directory / "vm") == ["export"]
+        libvirt = coherency(*asked, "--format", "libvirt")
+        assert libvirt.stdout == document["libvirt"]
+        assert document["mount"] in libvirt.stderr
+
+
+def test_with_a_memfd_one_is_told_that_the_machine_will_not_survive_a_restart(host: Host) -> None:
+    asked = ("vm-args", host.name, "--guest", "vm1", "--runtime-dir", host.runtime_dir)
+    printed = coherency(*asked)
+    assert printed.returncode == 0
+    assert "will not survive a restart of the daemon" in printed.stderr
+    assert any(str(host.export) in word for word in json.loads(coherency(*asked, "--json").stdout)["virtiofsd"])
+
+
+def test_an_evicted_guest_comes_back_with_nothing_cached(host: Host) -> None:
+    evicted = host.mount("evicted", "strict")
+    try:
+        (evicted / "file").write_text("1")
+        assert (evicted / "file").stat().st_size == 1
+        (before,) = [each for each in host.status()["guests"] if each["name"] == "evicted"]
+        done = coherency("evict", host.name, "evicted", "--json", "--runtime-dir", host.runtime_dir)
+        assert json.loads(done.stdout) == {"name": host.name, "guest": "evicted", "evicted": 1}
+        until(lambda: [each for each in host.status()["guests"] if each["guest_id"] > before["guest_id"]])
+        assert before["guest_id"] not in [each["guest_id"] for each in host.status()["guests"]]
+        assert (evicted / "file").stat().st_size == 1
+        assert "it has evicted this guest" in host.guests["evicted"].logged()
+    finally:
+        host.guests.pop("evicted").stop()
+    nobody = coherency("evict", host.name, "evicted", "--runtime-dir", host.runtime_dir)
+    assert (nobody.returncode, nobody.stdout) == (1, "")
+    assert "asked for a guest that is not here: 'evicted'" in nobody.stderr
 
 
 # ---- demo ----
