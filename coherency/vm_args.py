@@ -34,6 +34,9 @@ _THREADS: Final = 64
 """Requests that virtiofsd works on at a time: with one, a change that waits for its own guest's ack would keep that from coming."""
 _LEGACY_VIRTIOFSD: Final = "/usr/lib/qemu/"
 """Where the virtiofsd lies that came with QEMU up to 7.2; it has options of its own."""
+_ONE_ARENA: Final = "MALLOC_ARENA_MAX=1"
+"""For the same: with several, glibc 2.36 asks for the number of processors (sched_getaffinity) when a thread of the pool first
+needs memory, which that virtiofsd's seccomp filter punishes with death; its guest's requests are never answered then."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class VirtualMachineOptions:
         shared, socket = self.shared, self.virtiofsd_socket
         threads = f"--thread-pool-size={_THREADS}"
         if self.virtiofsd.startswith(_LEGACY_VIRTIOFSD):
-            return [self.virtiofsd, f"--socket-path={socket}", threads, "-o", f"source={shared},cache=none,xattr"]
+            program = ["env", _ONE_ARENA, self.virtiofsd]
+            return [*program, f"--socket-path={socket}", threads, "-o", f"source={shared},cache=none,xattr"]
         return [self.virtiofsd, f"--socket-path={socket}", threads, f"--shared-dir={shared}", "--cache=never", "--xattr"]
 
     def qemu(self) -> list[list[str]]:
