@@ -54,6 +54,9 @@ def test_virtiofsd_serves_the_window_if_there_is_one_and_caches_nothing(
     virtiofsd: str, has_window: bool, arguments: list[str]
 ) -> None:
     command = replace(OPTIONS, virtiofsd=virtiofsd, has_window=has_window).virtiofsd_command
+    if virtiofsd.startswith("/usr/lib/qemu"):
+        assert command[:2] == ["env", "MALLOC_ARENA_MAX=1"]
+        command = command[2:]
     assert command[:3] == [virtiofsd, "--socket-path=/run/coherency/work-vm1.virtiofs", "--thread-pool-size=64"]
     assert command[3:] == arguments
 
