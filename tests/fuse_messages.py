@@ -15,6 +15,7 @@ STRUCTS = {
     "RELEASE": "release_in", "RELEASEDIR": "release_in", "FSYNC": "fsync_in", "FSYNCDIR": "fsync_in",
     "SETXATTR": "setxattr_in", "GETXATTR": "getxattr_in", "LISTXATTR": "getxattr_in", "INIT": "init_in",
     "ACCESS": "access_in", "INTERRUPT": "interrupt_in", "FALLOCATE": "fallocate_in", "LSEEK": "lseek_in",
+    "GETLK": "lk_in", "SETLK": "lk_in", "SETLKW": "lk_in",
     "COPY_FILE_RANGE": "copy_file_range_in", "SYNCFS": "syncfs_in",
 }  # fmt: skip
 

@@ -46,6 +46,9 @@ class Opcode(IntEnum):
     READDIR = 28
     RELEASEDIR = 29
     FSYNCDIR = 30
+    GETLK = 31
+    SETLK = 32
+    SETLKW = 33
     ACCESS = 34
     CREATE = 35
     INTERRUPT = 36
@@ -69,9 +72,11 @@ class Notify(IntEnum):
 
 class InitFlag(IntFlag):
     ASYNC_READ = 1 << 0
+    POSIX_LOCKS = 1 << 1
     ATOMIC_O_TRUNC = 1 << 3
     BIG_WRITES = 1 << 5
     DONT_MASK = 1 << 6
+    FLOCK_LOCKS = 1 << 10
     AUTO_INVAL_DATA = 1 << 12
     DO_READDIRPLUS = 1 << 13
     READDIRPLUS_AUTO = 1 << 14
@@ -112,6 +117,7 @@ WRITE_KILL_SUIDGID: Final = 1 << 2
 OPEN_KILL_SUIDGID: Final = 1 << 0
 SETXATTR_ACL_KILL_SGID: Final = 1 << 0
 FSYNC_FDATASYNC: Final = 1 << 0
+LK_FLOCK: Final = 1 << 0
 EXPIRE_ONLY: Final = 1 << 0
 
 # Layouts, by the name of the kernel's struct.
@@ -153,6 +159,8 @@ setxattr_in = Struct("=IIII")  # size flags setxattr_flags padding
 setxattr_in_compat = Struct("=II")  # size flags
 getxattr_in = Struct("=II")  # size padding
 getxattr_out = Struct("=II")  # size padding
+lk_in = Struct("=QQQQIIII")  # fh owner, then the lock: start end (the last byte) type pid, then lk_flags padding
+lk_out = Struct("=QQII")  # start end type pid
 access_in = Struct("=II")  # mask padding
 interrupt_in = Struct("=Q")  # unique
 fallocate_in = Struct("=QQQII")  # fh offset length mode padding

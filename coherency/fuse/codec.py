@@ -130,9 +130,26 @@ class Write(NamedTuple):
 
 
 class Handle(NamedTuple):
-    """FLUSH, RELEASE, RELEASEDIR."""
+    """RELEASE, RELEASEDIR."""
 
     fh: int
+
+
+class Flush(NamedTuple):
+    fh: int
+    lock_owner: int
+
+
+class Lock(NamedTuple):
+    """GETLK, SETLK, SETLKW: bytes ``start`` to ``end``, both included, and F_RDLCK, F_WRLCK or F_UNLCK."""
+
+    fh: int
+    owner: int
+    start: int
+    end: int
+    kind: int
+    pid: int
+    flags: int
 
 
 class Fsync(NamedTuple):
@@ -197,6 +214,12 @@ class Request:
         self.body = body
         self.interrupted = False
         self.on_interrupt: Callable[[], None] | None = None
+
+    def interrupt(self) -> None:
+        """The caller wants to give up."""
+        self.interrupted = True
+        if self.on_interrupt:
+            self.on_interrupt()
 
     def __repr__(self) -> str:
         return f"<{self.opcode} unique={self.unique} node={self.node} {self.body!r}>"
@@ -272,11 +295,6 @@ def _mknod(view: memoryview) -> Mknod:
     return Mknod(_name(view, abi.mknod_in.size), mode, rdev, umask)
 
 
-def _mkdir(view: memoryview) -> Mkdir:
-    mode, umask = abi.mkdir_in.unpack_from(view)
-    return Mkdir(_name(view, abi.mkdir_in.size), mode, umask)
-
-
 def _rename(view: memoryview) -> Rename:
     (new_parent,) = abi.rename_in.unpack_from(view)
     old, new = _strings(view, abi.rename_in.size, 2)
@@ -287,21 +305,6 @@ def _rename2(view: memoryview) -> Rename:
     new_parent, flags, _ = abi.rename2_in.unpack_from(view)
     old, new = _strings(view, abi.rename2_in.size, 2)
     return Rename(new_parent, flags, _component(old), _component(new))
-
-
-def _link(view: memoryview) -> Link:
-    (target,) = abi.link_in.unpack_from(view)
-    return Link(target, _name(view, abi.link_in.size))
-
-
-def _create(view: memoryview) -> Create:
-    flags, mode, umask, open_flags = abi.create_in.unpack_from(view)
-    return Create(_name(view, abi.create_in.size), flags, mode, umask, open_flags)
-
-
-def _tmpfile(view: memoryview) -> Create:
-    flags, mode, umask, open_flags = abi.create_in.unpack_from(view)
-    return Create(b"", flags, mode, umask, open_flags)
 
 
 def _read(view: memoryview) -> Read:
@@ -317,12 +320,8 @@ def _write(view: memoryview) -> Write:
     return Write(fh, offset, write_flags, data)
 
 
-def _release(view: memoryview) -> Handle:
-    return Handle(abi.release_in.unpack_from(view)[0])
-
-
-def _flush(view: memoryview) -> Handle:
-    return Handle(abi.flush_in.unpack_from(view)[0])
+def _lock(view: memoryview) -> Lock:
+    return Lock(*abi.lk_in.unpack_from(view)[:7])
 
 
 def _fsync(view: memoryview) -> Fsync:
@@ -377,19 +376,19 @@ _BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {  # by the numbers, no
     Opcode.READLINK: lambda view: _EMPTY,
     Opcode.SYMLINK: _symlink,
     Opcode.MKNOD: _mknod,
-    Opcode.MKDIR: _mkdir,
+    Opcode.MKDIR: lambda view: Mkdir(_name(view, abi.mkdir_in.size), *abi.mkdir_in.unpack_from(view)),
     Opcode.UNLINK: _lookup,
     Opcode.RMDIR: _lookup,
     Opcode.RENAME: _rename,
     Opcode.RENAME2: _rename2,
-    Opcode.LINK: _link,
+    Opcode.LINK: lambda view: Link(abi.link_in.unpack_from(view)[0], _name(view, abi.link_in.size)),
     Opcode.OPEN: lambda view: Open(*abi.open_in.unpack_from(view)),
-    Opcode.CREATE: _create,
-    Opcode.TMPFILE: _tmpfile,
+    Opcode.CREATE: lambda view: Create(_name(view, abi.create_in.size), *abi.create_in.unpack_from(view)),
+    Opcode.TMPFILE: lambda view: Create(b"", *abi.create_in.unpack_from(view)),
     Opcode.READ: _read,
     Opcode.WRITE: _write,
-    Opcode.FLUSH: _flush,
-    Opcode.RELEASE: _release,
+    Opcode.FLUSH: lambda view: Flush(*abi.flush_in.unpack_from(view)[::3]),
+    Opcode.RELEASE: lambda view: Handle(abi.release_in.unpack_from(view)[0]),
     Opcode.FSYNC: _fsync,
     Opcode.FSYNCDIR: _fsync,
     Opcode.STATFS: lambda view: _EMPTY,
@@ -401,7 +400,10 @@ _BODIES: Final[dict[int, Callable[[memoryview], Any]]] = {  # by the numbers, no
     Opcode.OPENDIR: lambda view: Open(*abi.open_in.unpack_from(view)),
     Opcode.READDIR: _read,
     Opcode.READDIRPLUS: _read,
-    Opcode.RELEASEDIR: _release,
+    Opcode.RELEASEDIR: lambda view: Handle(abi.release_in.unpack_from(view)[0]),
+    Opcode.GETLK: _lock,
+    Opcode.SETLK: _lock,
+    Opcode.SETLKW: _lock,
     Opcode.ACCESS: lambda view: Access(abi.access_in.unpack_from(view)[0]),
     Opcode.INTERRUPT: lambda view: Interrupt(abi.interrupt_in.unpack_from(view)[0]),
     Opcode.FALLOCATE: _fallocate,

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
@@ -15,6 +16,7 @@ from typing import Final
 
 from coherency.fuse import abi, codec, replies, syscalls
 from coherency.fuse.codec import Request
+from coherency.fuse.locks import Piece
 from coherency.fuse.nodes import Node
 from coherency.fuse.session import Reply
 from coherency.fuse.tree import Change, OpenFile, Tree, drop_set_ids
@@ -22,6 +24,7 @@ from coherency.fuse.tree import Change, OpenFile, Tree, drop_set_ids
 # O_DIRECT would ask for aligned buffers; the rest means something at the first open only, or not to a server.
 _O_DROPPED: Final = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_NOFOLLOW | os.O_DIRECT | os.O_DIRECTORY
 _NO_ENTRY: Final = bytes(abi.entry_out.size + abi.attr.size)
+_LOCK_KINDS: Final = (fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK)
 _opening_writer: Final = threading.Lock()  # several threads write pages of one file
 
 
@@ -120,11 +123,20 @@ class FileOperations(Tree):
             drop_set_ids(file.fd)
 
     def flush(self, request: Request) -> Reply:
-        os.close(os.dup(self.file(request.body.fh).fd))  # what close() would report, it reports
+        body: codec.Flush = request.body
+        file = self.file(body.fh)
+        try:
+            os.close(os.dup(file.fd))  # what close() would report, it reports
+        finally:
+            self.locks.flushed(file, body.lock_owner)
         return ()
 
     def release(self, request: Request) -> Reply:
-        self.remove_file(request.body.fh)
+        fh: int = request.body.fh
+        file = self._files.get(fh)
+        if file is not None:
+            self.locks.released(file, fh)
+        self.remove_file(fh)
         return ()
 
     def fsync(self, request: Request) -> Reply:
@@ -156,6 +168,30 @@ class FileOperations(Tree):
             self._drop_set_ids_for(request, target)
             count = os.copy_file_range(source.fd, target.fd, length, body.offset_in, body.offset_out)
         return (replies.encode_written(count),)
+
+    # ---- locks ----
+
+    def getlk(self, request: Request) -> Reply:
+        body: codec.Lock = request.body
+        found = self.locks.find(self.file(body.fh), body.owner, _piece(body))
+        if found is None:
+            return (replies.encode_lock(body.start, body.end, fcntl.F_UNLCK, 0),)
+        return (replies.encode_lock(found.start, found.end, found.kind, found.pid),)
+
+    def setlk(self, request: Request) -> Reply:
+        return self._lock(request, wait=False)
+
+    def setlkw(self, request: Request) -> Reply:
+        return self._lock(request, wait=True)
+
+    def _lock(self, request: Request, *, wait: bool) -> Reply:
+        body: codec.Lock = request.body
+        file, wanted = self.file(body.fh), _piece(body)
+        if body.flags & abi.LK_FLOCK:
+            self.locks.flock(request, file, wanted.kind, wait=wait)
+        else:
+            self.locks.set(request, file, body.owner, wanted, wait=wait)
+        return ()
 
     # ---- directories ----
 
@@ -203,3 +239,9 @@ class FileOperations(Tree):
 
     def releasedir(self, request: Request) -> Reply:
         return self.release(request)
+
+
+def _piece(body: codec.Lock) -> Piece:
+    if body.kind not in _LOCK_KINDS or not body.start <= body.end <= syscalls.OFFSET_MAX:
+        raise OSError(errno.EINVAL, f"no lock: {body}")
+    return Piece(body.start, body.end, body.kind, body.fh, body.pid)

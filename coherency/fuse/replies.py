@@ -107,6 +107,11 @@ def encode_offset(offset: int) -> bytes:
     return abi.lseek_out.pack(offset)
 
 
+def encode_lock(start: int, end: int, kind: int, pid: int) -> bytes:
+    """``struct fuse_lk_out``: what stands in the way of a lock; F_UNLCK if nothing does."""
+    return abi.lk_out.pack(start, end, kind, pid)
+
+
 def encode_statfs(status: os.statvfs_result) -> bytes:
     return abi.statfs_out.pack(
         status.f_blocks, status.f_bfree, status.f_bavail, status.f_files, status.f_ffree,

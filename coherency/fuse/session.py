@@ -11,6 +11,7 @@
    thread that runs it counts as one that reads. What it does not know (None) takes the ordinary way with the same bytes.
 6. A reply may be put together when it is written (``Deferred``), under a lock of who answers; nothing waits for a request
    while holding that lock.
+7. When the connection is over, operations that still wait are told that their callers have given up.
 
 Source: fuse(4), Documentation/filesystems/fuse.rst of the kernel.
 """
@@ -120,6 +121,7 @@ class Session(Notifications):
         self._setxattr_ext = False
         self._over = threading.Event()
         self._closing = False
+        self._ended = False
 
     # ---- life ----
 
@@ -286,9 +288,9 @@ class Session(Notifications):
                         continue
                     if error.errno not in _GONE:
                         log.error("cannot read requests for %s: %s", self.mountpoint, error)
-                    return
+                    break
                 if not count:
-                    return  # the end of a connection that is no device
+                    break  # the end of a connection that is no device
                 if self._answer_quickly(view[:count]):
                     continue
                 with lock:
@@ -300,6 +302,9 @@ class Session(Notifications):
                 finally:
                     with lock:
                         self._reading += 1
+            self._ended = True  # before the look: pairs with the look at it in _handle, after noting the request
+            for request in self.unanswered():
+                request.interrupt()
         finally:
             self._leave()
 
@@ -360,6 +365,7 @@ class Session(Notifications):
             self._write(unique, (), 0 if opcode == _DESTROY else errno.ENOSYS)
             return
         self._in_flight[unique] = request
+        request.interrupted = self._ended
         number, reply = 0, NO_REPLY  # type: tuple[int, Reply | Deferred]
         try:
             reply = operation(request)
@@ -418,19 +424,13 @@ class Session(Notifications):
             # Not read yet by any thread, or answered already: the kernel asks again in the first case only.
             self._write(request.unique, (), errno.EAGAIN)
             return
-        target.interrupted = True
-        if target.on_interrupt:
-            target.on_interrupt()
+        target.interrupt()
 
     # ---- inspection ----
 
     def unanswered(self) -> Sequence[Request]:
         """The requests whose operations run now. Who is in two such lists has not been answered in between."""
         return list(self._in_flight.values())
-
-    def in_flight(self) -> frozenset[int]:
-        """Which requests are being handled now. A request that starts later has another number."""
-        return frozenset(list(self._in_flight))
 
     def statistics(self) -> SessionStatistics:
         """A snapshot. Counters are kept without a lock: they are for people, and no guarantee rests on them."""

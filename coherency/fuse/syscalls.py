@@ -34,6 +34,7 @@ STATX_INO: Final = 0x100
 STATX_BASIC_STATS: Final = 0x7FF
 STATX_BTIME: Final = 0x800
 STATX_BYTES: Final = 256
+OFFSET_MAX: Final = (1 << 63) - 1
 
 _SYS_GETDENTS64: Final = 217
 _SYS_OPEN_TREE: Final = 428
@@ -55,6 +56,8 @@ _STATX_MINOR_OFFSET: Final = 140
 _STATX_ATTRIBUTES_OFFSET: Final = 8
 _STATX_ATTR_MOUNT_ROOT: Final = 0x2000
 _pollfd = struct.Struct("=ihh")
+_flock_layout = struct.Struct("=hh4xqqi4x")  # l_type l_whence l_start l_len l_pid
+_sigaction_layout = struct.Struct("=Q128xi4xQ")  # sa_handler, no sa_mask, sa_flags sa_restorer
 _POLLIN: Final = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -83,6 +86,9 @@ _setfsgid = _declare("setfsgid", _c_uint)
 _name_to_handle_at = _declare("name_to_handle_at", _c_int, _c_char_p, _c_void_p, _c_void_p, _c_int)
 _open_by_handle_at = _declare("open_by_handle_at", _c_int, _c_void_p, _c_int)
 _ppoll = _declare("ppoll", _c_char_p, ctypes.c_ulong, _c_char_p, _c_void_p)
+_fcntl = _declare("fcntl", _c_int, _c_int, _c_char_p)
+_flock = _declare("flock", _c_int, _c_int)
+_sigaction = _declare("sigaction", _c_int, _c_char_p, _c_void_p)
 _getdents = _declare("syscall", _c_long, _c_long, _c_void_p, _c_long, restype=_c_long)
 
 # The C library has one ``syscall``; another object for it, since the argument types belong to the object.
@@ -235,3 +241,33 @@ def wait_readable(fds: Sequence[int], timeout_ns: int) -> list[int]:
     if count < 0 and ctypes.get_errno() != errno.EINTR:
         _check(count)
     return [fd for fd, _, happened in _pollfd.iter_unpack(entries.raw[:-1]) if happened] if count > 0 else []
+
+
+# ---- what may wait for somebody else; unlike Python's, these end with InterruptedError when a signal comes ----
+
+
+def lock(fd: int, command: int, kind: int, start: int, end: int) -> tuple[int, int, int]:
+    """fcntl(2) with a lock command, for bytes ``start`` to ``end`` (OFFSET_MAX: all there may ever be).
+
+    Returns kind, start and end as they are afterwards, which is the answer to F_OFD_GETLK.
+    """
+    length = 0 if end == OFFSET_MAX else end - start + 1
+    description = _flock_layout.pack(kind, os.SEEK_SET, start, length, 0)
+    buffer = ctypes.create_string_buffer(description, len(description))
+    _check(_fcntl(fd, command, buffer))
+    kind, _, start, length, _ = _flock_layout.unpack(buffer.raw)
+    return kind, start, start + length - 1 if length else OFFSET_MAX
+
+
+def flock(fd: int, operation: int) -> None:
+    _check(_flock(fd, operation))
+
+
+def let_signal_interrupt(number: int) -> None:
+    """From now on this signal does nothing, except that it ends what a thread waits for.
+
+    In any thread, and without the interpreter: Python's own handlers are installed and run by the main thread. abs(3) does
+    nothing to its argument that anybody sees.
+    """
+    handler = ctypes.cast(_libc.abs, _c_void_p).value
+    _check(_sigaction(number, _sigaction_layout.pack(handler, 0, 0), None))

@@ -1,4 +1,4 @@
-"""What all operations over a directory share: its nodes, its open files, and the hooks that make more of a passthrough.
+"""What all operations over a directory share: its nodes, its open files, their locks, and the hooks that make more of a passthrough.
 
 Two hooks:
 
@@ -22,6 +22,7 @@ from coherency.fuse import abi, replies, syscalls
 from coherency.fuse.abi import InitFlag
 from coherency.fuse.codec import Request
 from coherency.fuse.credentials import Credentials
+from coherency.fuse.locks import Locks
 from coherency.fuse.nodes import Borrowed, Node, NodeStore
 from coherency.fuse.session import QuickOperation, Reply
 from coherency.ids import HostInode
@@ -75,13 +76,14 @@ class Unwatched:
 class OpenFile:
     """What a file handle of the kernel stands for."""
 
-    __slots__ = ("fd", "flags", "listing", "node", "position", "writer")
+    __slots__ = ("fd", "flags", "listing", "lock_owners", "node", "position", "writer")
 
     def __init__(self, fd: int, flags: int, node: Node) -> None:
         self.fd, self.flags, self.node = fd, flags, node
         self.writer = -1  # for pages of mmap, if ``fd`` appends
         self.position = 0  # of a directory stream
         self.listing: list[bytes] | None = None  # a whole directory, if it was read at once
+        self.lock_owners: set[int] = set()  # who has asked for fcntl locks through it
 
     def close(self) -> None:
         try:
@@ -97,6 +99,8 @@ class Tree:
 
     tracks_changes = False  # whether ``changing`` wants to know the inodes behind names that go away
 
+    most_lock_waits = 32  # so many requests may wait for locks at a time: far fewer than the session has threads
+
     descriptors_pin = True  # see NodeStore
     moved_directories_are_new = False  # likewise
 
@@ -110,6 +114,7 @@ class Tree:
         )
         self.credentials = Credentials()
         self.kernel_cache = kernel_cache
+        self.locks = Locks(self.most_lock_waits)
         self._files: dict[int, OpenFile] = {}
         self._next_fh = iter(range(1, 1 << 63)).__next__
 
@@ -119,7 +124,7 @@ class Tree:
 
     @property
     def init_flags(self) -> InitFlag:
-        flags = InitFlag(0)
+        flags = InitFlag.POSIX_LOCKS | InitFlag.FLOCK_LOCKS
         if self.kernel_cache.readdirplus:
             flags |= InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO
         if self.kernel_cache.writeback:
@@ -128,6 +133,7 @@ class Tree:
 
     def close(self) -> None:
         """Close every descriptor. Only when no operation runs any more."""
+        self.locks.end()
         for file in self._files.values():
             file.close()
         self._files.clear()

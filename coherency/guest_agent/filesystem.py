@@ -25,6 +25,8 @@ from coherency.ids import HostInode
 from coherency.shm_table import Stamp
 
 _O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+MOST_LOCK_WAITS: Final = 128
+"""Half of the threads of a guest's mount."""
 _LISTING_BYTES: Final = 1 << 18
 _XATTR_SIZE_MAX: Final = 65536
 _ABSENT: Final = object()
@@ -45,6 +47,7 @@ class Listing(NamedTuple):
 class CachingFileSystem(Passthrough):
     """See the module. ``cache`` may be exchanged at any time: an operation uses the one that it began with."""
 
+    most_lock_waits = MOST_LOCK_WAITS
     descriptors_pin = False
     moved_directories_are_new = True
 

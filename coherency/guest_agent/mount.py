@@ -25,7 +25,7 @@ from coherency.fuse.session import Session
 from coherency.fuse.tree import KernelCache
 from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
 from coherency.guest_agent.client import Client
-from coherency.guest_agent.filesystem import CachingFileSystem
+from coherency.guest_agent.filesystem import MOST_LOCK_WAITS, CachingFileSystem
 from coherency.guest_agent.granting import GrantingFileSystem
 from coherency.guest_agent.grants import Grants
 from coherency.guest_agent.helper_pool import HelperPool
@@ -95,6 +95,7 @@ class MountOptions:
 class LowerPassthrough(Passthrough):
     """A guest's file system without a user cache."""
 
+    most_lock_waits = MOST_LOCK_WAITS
     descriptors_pin = False
     moved_directories_are_new = True
 
@@ -201,12 +202,15 @@ class GuestMount:
         if file_system is None or session is None:
             return  # not begun yet: it will be with this connection
         lower = same_tree(self._open_lower(welcome), file_system)
-        is_same = isinstance(file_system, CachingFileSystem) and reader.table_id == file_system.cache.reader.table_id
-        if isinstance(file_system, CachingFileSystem) and is_same and is_same_mount(lower, file_system):
+        same_mount = is_same_mount(lower, file_system)
+        same_table = isinstance(file_system, CachingFileSystem) and reader.table_id == file_system.cache.reader.table_id
+        if isinstance(file_system, CachingFileSystem) and same_mount and same_table:
             os.close(lower)  # only the channel was cut
             file_system.cache.follow(reader)
             return
         abandoned = file_system.nodes.rebase(lower)
+        if not same_mount:
+            file_system.locks.end()
         if isinstance(file_system, CachingFileSystem):
             file_system.cache = self._make_cache(reader)  # after the nodes: what it keeps was fetched through them
         threading.Thread(
@@ -234,8 +238,8 @@ class GuestMount:
 
 
 def _close_when_unused(session: Session, descriptors: list[int]) -> None:
-    users = session.in_flight()
-    while users & session.in_flight() and not session.wait(_QUIESCENCE_POLL_S):
+    users = set(session.unanswered())
+    while not users.isdisjoint(session.unanswered()) and not session.wait(_QUIESCENCE_POLL_S):
         pass
     for fd in descriptors:
         os.close(fd)

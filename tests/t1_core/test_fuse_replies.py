@@ -137,6 +137,8 @@ def test_init_out() -> None:
 def test_small_replies() -> None:
     assert read("open_out", replies.encode_open(U64, 3)) == {"fh": U64, "open_flags": 3, "padding": 0}
     assert read("write_out", replies.encode_written(U32)) == {"size": U32, "padding": 0}
+    locked = read("lk_out", replies.encode_lock(1, 2, 3, U32))
+    assert locked == {"lk.start": 1, "lk.end": 2, "lk.type": 3, "lk.pid": U32}
     assert read("getxattr_out", replies.encode_xattr_size(65536)) == {"size": 65536, "padding": 0}
     assert read("lseek_out", replies.encode_offset(1 << 40)) == {"offset": 1 << 40}
 

@@ -23,6 +23,8 @@ SETATTR_BODY: dict[str, Any] = {
     "valid": 0x7F, "fh": 7, "size": BIG, "atime": (2, 5), "mtime": (-2, 6), "mode": 0o644, "uid": 9, "gid": 10,
 }  # fmt: skip
 
+LOCK: dict[str, Any] = {"fh": 1, "owner": 2, "lk.start": 3, "lk.end": BIG, "lk.type": 4, "lk.pid": 5, "lk_flags": 6}
+
 # Request, and what its body must be. A second message of a kind is another form of it.
 EXAMPLES: list[tuple[str, bytes, Any]] = [
     ("LOOKUP", request("LOOKUP", NAME + b"\0"), codec.Name(NAME)),
@@ -57,7 +59,7 @@ EXAMPLES: list[tuple[str, bytes, Any]] = [
     ("READDIR", request("READDIR", fh=1, offset=BIG, size=3), codec.Read(1, BIG, 3)),
     ("READDIRPLUS", request("READDIRPLUS", fh=1, offset=2, size=3), codec.Read(1, 2, 3)),
     ("WRITE", request("WRITE", b"data", fh=1, offset=2, size=4, write_flags=5), codec.Write(1, 2, 5, memoryview(b"data"))),
-    ("FLUSH", request("FLUSH", fh=1, lock_owner=2), codec.Handle(1)),
+    ("FLUSH", request("FLUSH", fh=1, lock_owner=2), codec.Flush(1, 2)),
     ("RELEASE", request("RELEASE", fh=1, flags=2, release_flags=3, lock_owner=4), codec.Handle(1)),
     ("RELEASEDIR", request("RELEASEDIR", fh=BIG), codec.Handle(BIG)),
     ("FSYNC", request("FSYNC", fh=1, fsync_flags=0), codec.Fsync(1, False)),
@@ -72,6 +74,7 @@ EXAMPLES: list[tuple[str, bytes, Any]] = [
     ("GETXATTR", request("GETXATTR", b"user.a\0", size=9), codec.Getxattr(b"user.a", 9)),
     ("LISTXATTR", request("LISTXATTR", size=9), codec.Getxattr(b"", 9)),
     ("REMOVEXATTR", request("REMOVEXATTR", b"user./\0"), codec.Name(b"user./")),
+    *((kind, request(kind, **LOCK), codec.Lock(1, 2, 3, BIG, 4, 5, 6)) for kind in ("GETLK", "SETLK", "SETLKW")),
     ("ACCESS", request("ACCESS", mask=6), codec.Access(6)),
     ("INTERRUPT", message("INTERRUPT", body("INTERRUPT", unique=BIG)), codec.Interrupt(BIG)),
     ("FALLOCATE", request("FALLOCATE", fh=1, offset=2, length=3, mode=4), codec.Fallocate(1, 2, 3, 4)),

@@ -6,6 +6,7 @@ bump is checked twice: against the document, and against what has changed in the
 
 import contextlib
 import errno
+import fcntl
 import os
 import resource
 import stat
@@ -334,8 +335,12 @@ def test_whichever_name_is_used_the_inode_is_bumped(tmp_path: Path) -> None:
 # ---- requests that bump nothing ----
 
 
-def _handle(desk: Desk, path: str = "file") -> codec.Handle:
-    return codec.Handle(desk.open(path))
+def _handle(desk: Desk) -> codec.Handle:
+    return codec.Handle(desk.open("file"))
+
+
+def _lock(desk: Desk, flags: int = 0) -> codec.Lock:
+    return codec.Lock(desk.open("file"), 1, 0, syscalls.OFFSET_MAX, fcntl.F_WRLCK, os.getpid(), flags)
 
 
 def _directory(desk: Desk) -> int:
@@ -355,8 +360,11 @@ SILENT: dict[Opcode, Callable[[Desk], Request]] = {
     Opcode.OPEN: lambda desk: desk.request(Opcode.OPEN, "file", codec.Open(os.O_RDWR, 0)),
     Opcode.READ: lambda desk: desk.request(Opcode.READ, "file", codec.Read(desk.open("file"), 0, 100)),
     Opcode.LSEEK: lambda desk: desk.request(Opcode.LSEEK, "file", codec.Lseek(desk.open("file"), 0, os.SEEK_DATA)),
-    Opcode.FLUSH: lambda desk: desk.request(Opcode.FLUSH, "file", _handle(desk)),
+    Opcode.FLUSH: lambda desk: desk.request(Opcode.FLUSH, "file", codec.Flush(desk.open("file"), 1)),
     Opcode.FSYNC: lambda desk: desk.request(Opcode.FSYNC, "file", codec.Fsync(desk.open("file"), False)),
+    Opcode.GETLK: lambda desk: desk.request(Opcode.GETLK, "file", _lock(desk)),
+    Opcode.SETLK: lambda desk: desk.request(Opcode.SETLK, "file", _lock(desk)),
+    Opcode.SETLKW: lambda desk: desk.request(Opcode.SETLKW, "file", _lock(desk, flags=abi.LK_FLOCK)),
     Opcode.RELEASE: lambda desk: desk.request(Opcode.RELEASE, "file", _handle(desk)),
     Opcode.OPENDIR: lambda desk: desk.request(Opcode.OPENDIR, "dir", codec.Open(os.O_RDONLY, 0)),
     Opcode.READDIR: lambda desk: desk.request(Opcode.READDIR, "dir", codec.Read(_directory(desk), 0, 4096)),

@@ -131,7 +131,7 @@ def test_unknown_file_handles(inside: Inside) -> None:
     ask, node = inside.kernel.ask, inside.node(b"file")
     for kind, tail in (
         ("READ", b""), ("WRITE", b""), ("FLUSH", b""), ("FSYNC", b""), ("FSYNCDIR", b""), ("READDIR", b""),
-        ("READDIRPLUS", b""), ("FALLOCATE", b""), ("LSEEK", b""),
+        ("READDIRPLUS", b""), ("FALLOCATE", b""), ("LSEEK", b""), ("GETLK", b""), ("SETLK", b""), ("SETLKW", b""),
     ):  # fmt: skip
         assert ask(kind, tail, node=node, fh=99).error == errno.EBADF, kind
     _, fh = inside.open(b"file")

@@ -205,13 +205,13 @@ def test_operations_that_wait_for_each_other_get_a_thread_each() -> None:
         statistics = kernel.session.statistics()
         assert statistics.threads >= len(waiting) + 1
         assert statistics.in_flight == len(waiting)
-        assert kernel.session.in_flight() == waiting.keys()
+        assert {request.unique for request in kernel.session.unanswered()} == waiting.keys()
         kernel.session.check()
 
         gate.opened.set()
         answers = [kernel.receive() for _ in waiting]
         assert {answer.unique: answer.payload for answer in answers} == waiting  # each its own
-        assert kernel.session.in_flight() == frozenset()
+        assert kernel.session.unanswered() == []
 
 
 def test_threads_are_bounded() -> None:
