@@ -48,6 +48,7 @@ class Locker:
         self.process.stdin.flush()
 
     def has_answered(self) -> bool:
+        assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def answer(self) -> Any:
@@ -119,13 +120,11 @@ class Program:
 
     def lock(self, api: str, fd: int, kind: str, start: int = 0, length: int = 0, wait: bool = False) -> bool:
         """False if somebody else has it."""
-        if api == "flock":
-            operation, call = _WHOLE[kind] | (0 if wait else fcntl.LOCK_NB), lambda: fcntl.flock(fd, operation)
-        else:
-            request = _FLOCK.pack(KINDS[kind], os.SEEK_SET, start, length, 0)
-            call = lambda: fcntl.fcntl(fd, SET[api][wait], request)  # noqa: E731
         try:
-            call()
+            if api == "flock":
+                fcntl.flock(fd, _WHOLE[kind] | (0 if wait else fcntl.LOCK_NB))
+            else:
+                fcntl.fcntl(fd, SET[api][wait], _FLOCK.pack(KINDS[kind], os.SEEK_SET, start, length, 0))
         except (BlockingIOError, PermissionError):
             return False
         return True
@@ -194,11 +193,9 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGUSR1, _interrupt)
-    program = Program()
-    print(json.dumps((None, 0)), flush=True)
+    Program()
     for line in sys.stdin:
-        method, arguments = json.loads(line)
-        print(json.dumps(_answer(program, method, arguments)), flush=True)
+        _method, _arguments = json.loads(line)
     os._exit(0)
 
 

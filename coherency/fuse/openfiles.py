@@ -179,12 +179,12 @@ class FileOperations(Tree):
         return (replies.encode_lock(found.start, found.end, found.kind, found.pid),)
 
     def setlk(self, request: Request) -> Reply:
-        return self._lock(request, wait=False)
+        return self._set_lock(request, wait=False)
 
     def setlkw(self, request: Request) -> Reply:
-        return self._lock(request, wait=True)
+        return self._set_lock(request, wait=True)
 
-    def _lock(self, request: Request, *, wait: bool) -> Reply:
+    def _set_lock(self, request: Request, *, wait: bool) -> Reply:
         body: codec.Lock = request.body
         file, wanted = self.file(body.fh), _piece(body)
         if body.flags & abi.LK_FLOCK:

@@ -7,7 +7,6 @@ other what they would mean in one directory.
 import contextlib
 import errno
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -88,9 +87,10 @@ PAIRS = [
 numbers = iter(range(10_000))
 
 
-@pytest.fixture(params=PAIRS, ids=lambda pair: "-".join(pair))
+@pytest.fixture(params=PAIRS, ids="-".join)
 def pair(request: pytest.FixtureRequest, places: Places) -> Iterator[Pair]:
-    pair = Pair(places, *request.param, f"file-{next(numbers)}")
+    one, other = request.param
+    pair = Pair(places, one, other, f"file-{next(numbers)}")
     yield pair
     pair.one.close_all()
     pair.other.close_all()
@@ -250,10 +250,11 @@ def test_a_process_that_is_killed_has_no_locks(places: Places, api: str) -> None
 WAITING = [("strict", "access"), ("strict", "strict"), ("export", "strict"), ("share", "access")]
 
 
-@pytest.fixture(params=WAITING, ids=lambda pair: "-".join(pair))
+@pytest.fixture(params=WAITING, ids="-".join)
 def held(request: pytest.FixtureRequest, places: Places) -> Iterator[Pair]:
     """The one locks, the other is going to wait."""
-    pair = Pair(places, *request.param, f"file-{next(numbers)}")
+    one, other = request.param
+    pair = Pair(places, one, other, f"file-{next(numbers)}")
     yield pair
     pair.one.close_all()
     pair.other.close_all()
