@@ -39,7 +39,11 @@ class Locker:
             [sys.executable, "-m", "tests.locker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
         self.pid = self.process.pid
-        self.answer()
+        try:
+            self.answer()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def begin(self, method: str, *arguments: Any) -> None:
         """Ask, without waiting for the answer."""
@@ -193,10 +197,17 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGUSR1, _interrupt)
-    Program()
+    program = Program()
+    _say((None, 0))
     for line in sys.stdin:
-        _method, _arguments = json.loads(line)
+        method, arguments = json.loads(line)
+        _say(_answer(program, method, arguments))
     os._exit(0)
+
+
+def _say(answer: tuple[Any, int]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 def waiting_for(path: Path) -> int:
