@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,6 +34,7 @@ from coherency.daemon.recalls import Recalls
 from coherency.daemon.runtime import Claim, RuntimeDirectory
 from coherency.daemon.server import ControlServer
 from coherency.errors import MountError, TableError, UsageError
+from coherency.fuse import syscalls
 from coherency.fuse.mounts import place_of, remove_dead_mount
 from coherency.fuse.nodes import descriptor_budget
 from coherency.fuse.session import Session
@@ -137,7 +139,7 @@ class Service:
             export.close()
             raise
         undo.callback(self.session.close)
-        self.session.start()
+        _as_anybody(self.session.start)
         if options.posix_table:
             directory.window.open()
             self.session.bind(str(directory.window.export))
@@ -294,6 +296,17 @@ def _posix_name(name: str) -> str:
 
 def _mark_of_table(name: str) -> socket.socket:
     return _mark(f"table/{name}", f"another daemon serves from the table of '{name}'; choose another --name")
+
+
+def _as_anybody(start: Callable[[], None]) -> None:
+    """``start``, and the threads that it starts, are bound by quotas, and leave alone what a file system reserves for root."""
+
+    def begin() -> None:
+        syscalls.drop_capability(syscalls.CAP_SYS_RESOURCE)
+        start()
+
+    with ThreadPoolExecutor(max_workers=1) as starter:
+        starter.submit(begin).result()
 
 
 def _only_daemon_of(share: int, path: Path) -> socket.socket:

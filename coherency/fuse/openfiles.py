@@ -99,6 +99,7 @@ class FileOperations(Tree):
     def write(self, request: Request) -> Reply:
         body: codec.Write = request.body
         file = self.file(body.fh)
+        self.credentials.become(request.uid, request.gid)  # some space is kept for root
         with self.changing(request, file.node.ino):
             if body.write_flags & abi.WRITE_KILL_SUIDGID:
                 drop_set_ids(file.fd)

@@ -35,6 +35,7 @@ STATX_BASIC_STATS: Final = 0x7FF
 STATX_BTIME: Final = 0x800
 STATX_BYTES: Final = 256
 OFFSET_MAX: Final = (1 << 63) - 1
+CAP_SYS_RESOURCE: Final = 24
 
 _SYS_GETDENTS64: Final = 217
 _SYS_OPEN_TREE: Final = 428
@@ -46,6 +47,7 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_GET_SECUREBITS: Final = 27
 _PR_SET_SECUREBITS: Final = 28
 _SECBIT_NO_SETUID_FIXUP: Final = 1 << 2
+_CAPABILITY_VERSION_3: Final = 0x20080522
 _HANDLE_BYTES: Final = 128
 _handle_head = struct.Struct("=Ii")
 _timespecs = struct.Struct("=qqqq")
@@ -56,6 +58,8 @@ _STATX_MINOR_OFFSET: Final = 140
 _STATX_ATTRIBUTES_OFFSET: Final = 8
 _STATX_ATTR_MOUNT_ROOT: Final = 0x2000
 _pollfd = struct.Struct("=ihh")
+_capability_header = struct.Struct("=Ii")  # version pid
+_capability_sets = struct.Struct("=6I")  # effective permitted inheritable, of the lower 32 capabilities, then of the upper
 _flock_layout = struct.Struct("=hh4xqqi4x")  # l_type l_whence l_start l_len l_pid
 _sigaction_layout = struct.Struct("=Q128xi4xQ")  # sa_handler, no sa_mask, sa_flags sa_restorer
 _POLLIN: Final = 1
@@ -81,6 +85,8 @@ _fallocate = _declare("fallocate", _c_int, _c_int, _c_off, _c_off)
 _syncfs = _declare("syncfs", _c_int)
 _unshare = _declare("unshare", _c_int)
 _prctl = _declare("prctl", _c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_capget = _declare("capget", _c_char_p, _c_char_p)
+_capset = _declare("capset", _c_char_p, _c_char_p)
 _setfsuid = _declare("setfsuid", _c_uint)
 _setfsgid = _declare("setfsgid", _c_uint)
 _name_to_handle_at = _declare("name_to_handle_at", _c_int, _c_char_p, _c_void_p, _c_void_p, _c_int)
@@ -212,6 +218,16 @@ def set_fs_ids(uid: int, gid: int) -> None:
     _setfsuid(uid)
     if _setfsuid(uid) != uid or _setfsgid(gid) != gid:
         raise PermissionError(errno.EPERM, f"cannot act as uid {uid}, gid {gid}: CAP_SETUID and CAP_SETGID are needed")
+
+
+def drop_capability(number: int) -> None:
+    """The calling thread, and each that it starts from now on, is without this capability (one of the lower 32)."""
+    header = ctypes.create_string_buffer(_capability_header.pack(_CAPABILITY_VERSION_3, 0), _capability_header.size)
+    sets = ctypes.create_string_buffer(_capability_sets.size)
+    _check(_capget(header, sets))
+    effective, permitted, *others = _capability_sets.unpack(sets.raw)
+    kept = ~(1 << number)
+    _check(_capset(header, _capability_sets.pack(effective & kept, permitted & kept, *others)))
 
 
 def open_beneath(directory: int, path: bytes, flags: int) -> int:

@@ -1,6 +1,7 @@
 """Who a thread is when it creates something, whatever it was before and whoever started it."""
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,3 +93,30 @@ def test_half_a_change_is_not_believed(tmp_path: Path, monkeypatch: pytest.Monke
         assert created(tmp_path / "x")[:2] == (0, 0)
 
     in_a_thread(work)
+
+
+CAP_SYS_BOOT = 22
+
+
+def capabilities() -> int:
+    """Of the calling thread."""
+    (line,) = [line for line in Path("/proc/thread-self/status").read_text().splitlines() if line.startswith("CapEff")]
+    return int(line.split()[1], 16)
+
+
+def test_a_capability_is_dropped_by_a_thread_and_those_that_it_starts() -> None:
+    before, seen = capabilities(), list[int]()
+
+    def drop() -> None:
+        syscalls.drop_capability(CAP_SYS_BOOT)
+        seen.append(capabilities())
+        child = threading.Thread(target=lambda: seen.append(capabilities()))
+        child.start()
+        child.join()
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    thread.join()
+    assert before & 1 << CAP_SYS_BOOT
+    assert seen == [before & ~(1 << CAP_SYS_BOOT)] * 2
+    assert capabilities() == before
