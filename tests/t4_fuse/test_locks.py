@@ -7,6 +7,9 @@ other what they would mean in one directory.
 import contextlib
 import errno
 import os
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -429,6 +432,40 @@ def test_a_guest_that_hoards_waits_stops_nobody(host: Host) -> None:
         one.kill()
         until(lambda: waiting_for(host.share / "file") == 0)
         assert two.lock("ofd", mine, "unlock")
+
+
+# ---- programs ----
+
+COUNT_UP = """
+import contextlib, sqlite3, sys
+with contextlib.closing(sqlite3.connect(sys.argv[1], timeout=120, isolation_level=None)) as database:
+    for _ in range(int(sys.argv[2])):
+        database.execute("BEGIN IMMEDIATE")
+        (number,) = database.execute("SELECT max(number) FROM numbers").fetchone()
+        database.execute("INSERT INTO numbers VALUES (?)", (number + 1,))
+        database.execute("COMMIT")
+"""
+EACH = 15
+
+
+def test_sqlite_is_written_by_guests_and_the_host_at_the_same_time(host: Host) -> None:
+    """Nobody's number is lost, or there twice, and the database is whole."""
+    with contextlib.closing(sqlite3.connect(host.share / "db")) as database, database:
+        database.execute("CREATE TABLE numbers (number)")
+        database.execute("INSERT INTO numbers VALUES (0)")
+    roots = host.mount("strict", "strict"), host.mount("access"), host.export
+    with ExitStack() as undo:
+        writers = []
+        for root in roots:
+            writers.append(subprocess.Popen([sys.executable, "-c", COUNT_UP, root / "db", str(EACH)]))
+            undo.callback(writers[-1].wait)
+            undo.callback(writers[-1].kill)
+        assert [writer.wait(180) for writer in writers] == [0, 0, 0]
+    for root in (*roots, host.share):
+        with contextlib.closing(sqlite3.connect(root / "db")) as database:
+            assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            found = database.execute("SELECT number FROM numbers ORDER BY number").fetchall()
+            assert found == [(number,) for number in range(len(roots) * EACH + 1)], root
 
 
 # ---- controls ----
