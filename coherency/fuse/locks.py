@@ -10,7 +10,9 @@
    again by then; so of every locked byte it is known through which handle it was locked.
 4. A description that only reads cannot take an exclusive lock. When a handle that writes is used, it is replaced by one that
    can: that first takes the same locks, all of them shared, so there is no moment without them.
-5. Whoever has to wait takes no lock of this module along, waits on a descriptor of its own, and begins anew if meanwhile the
+5. A lock that ends with its handle is still there for a moment when close has returned. Who finds a lock in the way and does
+   not want to wait is not told so before the handles of the file that were closed just now are released, or too long in it.
+6. Whoever has to wait takes no lock of this module along, waits on a descriptor of its own, and begins anew if meanwhile the
    owner has left the description that this belongs to.
 
 Source: fcntl(2), flock(2), fs/fuse/file.c.
@@ -23,6 +25,7 @@ import errno
 import fcntl
 import os
 import threading
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,10 +42,13 @@ from coherency.ids import NodeId
 if TYPE_CHECKING:
     from coherency.fuse.tree import OpenFile
 
+_SECOND_NS: Final = 1_000_000_000
 OFFSET_MAX: Final = syscalls.OFFSET_MAX
 _FLOCK: Final = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX, fcntl.F_UNLCK: fcntl.LOCK_UN}
 _MOST_PIECES: Final = 1 << 16
 """Of one owner in one file. More is ENOLCK."""
+_RELEASED_WITHIN_NS: Final = 100_000_000
+"""A handle is not closed if it takes longer: somebody has a copy of the descriptor."""
 _start: Final = attrgetter("start")
 _end: Final = attrgetter("end")
 
@@ -145,7 +151,8 @@ class _Owner:
     def unlock_of(self, fh: int) -> None:
         """Nothing is locked through this handle any more."""
         for piece in [piece for piece in self.pieces if piece.fh == fh]:
-            self.set(piece._replace(kind=fcntl.F_UNLCK))
+            with contextlib.suppress(OSError):  # its server is gone, and the lock with it
+                self.set(piece._replace(kind=fcntl.F_UNLCK))
 
     def end(self) -> None:
         """Nothing is locked any more when this returns. Not just closed: that would reach a server below later."""
@@ -190,6 +197,8 @@ class Locks:
     def __init__(self, most_waits: int) -> None:
         self._lock = threading.Lock()
         self._owners: dict[tuple[NodeId, int], _Owner] = {}
+        self._closing: dict[int, tuple[NodeId, int]] = {}  # by handle: of which file, and when
+        self._released = threading.Condition()
         self._waits = Waits(most_waits)
 
     # ---- fcntl locks ----
@@ -229,14 +238,19 @@ class Locks:
                     if owner.fd >= 0:
                         owner.set(wanted)
             return
-        with self._owner(file, owner_id, wanted.fh) as owner:
-            if owner.set(wanted):
-                return
+        if self._attempt(file, owner_id, wanted):
+            return
         if not wait:
+            if self._has_let_go(file.node.id) and self._attempt(file, owner_id, wanted):
+                return
             raise BlockingIOError(errno.EAGAIN, "locked by somebody else")
         with self._waits.begin(request) as waiting:
             while not self._wait_for(file, owner_id, wanted, waiting):
                 pass
+
+    def _attempt(self, file: OpenFile, owner_id: int, wanted: Piece) -> bool:
+        with self._owner(file, owner_id, wanted.fh) as owner:
+            return owner.set(wanted)
 
     @contextlib.contextmanager
     def _owner(self, file: OpenFile, owner_id: int, fh: int) -> Iterator[_Owner]:
@@ -260,7 +274,7 @@ class Locks:
                 del self._owners[key]
 
     def _wait_for(self, file: OpenFile, owner_id: int, wanted: Piece, waiting: Wait) -> bool:
-        """False if something has come in between (rule 5)."""
+        """False if something has come in between (rule 6)."""
         with self._owner(file, owner_id, wanted.fh) as owner:
             waiting.arm()
             mine, description = os.dup(owner.fd), owner.descriptions
@@ -281,8 +295,18 @@ class Locks:
             os.close(mine)
         return granted and not left
 
-    def flushed(self, file: OpenFile, owner_id: int) -> None:
+    def _has_let_go(self, node_id: NodeId) -> bool:
+        """Whether somebody may have, since he seemed to be about to (rule 5)."""
+        with self._released:
+            since_ns = time.monotonic_ns() - _RELEASED_WITHIN_NS
+            closing = {fh for fh, (node, at_ns) in self._closing.items() if node == node_id and at_ns > since_ns}
+            self._released.wait_for(lambda: closing.isdisjoint(self._closing), _RELEASED_WITHIN_NS / _SECOND_NS)
+        return bool(closing)
+
+    def flushed(self, file: OpenFile, fh: int, owner_id: int) -> None:
         """The owner has closed a descriptor of the file: it has no locks on it when this returns (rule 3)."""
+        with self._released:
+            self._closing[fh] = file.node.id, time.monotonic_ns()
         key = file.node.id, owner_id
         owner = self._owners.get(key)
         if owner is not None:
@@ -291,7 +315,7 @@ class Locks:
             self._forget(key, owner)
 
     def released(self, file: OpenFile, fh: int) -> None:
-        """The handle is gone: nothing is locked through it when this returns (rule 3)."""
+        """The handle is gone: no fcntl lock is held through it when this returns (rule 3)."""
         for owner_id in file.lock_owners:
             key = file.node.id, owner_id
             owner = self._owners.get(key)
@@ -307,16 +331,26 @@ class Locks:
                 owner.end()
             self._forget(key, owner)
 
+    def closed(self, fh: int) -> None:
+        """Neither is a flock: its descriptor is closed."""
+        with self._released:
+            if self._closing.pop(fh, None) is not None:
+                self._released.notify_all()
+
     # ---- flock ----
 
     def flock(self, request: Request, file: OpenFile, kind: int, *, wait: bool) -> None:
         """Like :meth:`set`, for a whole file. As everywhere, who converts a lock and has to wait has let go of the old one."""
+        attempt: Callable[[], None] = partial(syscalls.flock, file.fd, _FLOCK[kind] | fcntl.LOCK_NB)
         try:
-            syscalls.flock(file.fd, _FLOCK[kind] | fcntl.LOCK_NB)
+            attempt()
         except BlockingIOError:
-            if not wait:
-                raise
+            pass
         else:
+            return
+        if not wait:
+            self._has_let_go(file.node.id)
+            attempt()
             return
         lock: Callable[[], None] = partial(syscalls.flock, file.fd, _FLOCK[kind])
         with self._waits.begin(request) as waiting:

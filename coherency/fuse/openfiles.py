@@ -129,7 +129,7 @@ class FileOperations(Tree):
         try:
             os.close(os.dup(file.fd))  # what close() would report, it reports
         finally:
-            self.locks.flushed(file, body.lock_owner)
+            self.locks.flushed(file, body.fh, body.lock_owner)
         return ()
 
     def release(self, request: Request) -> Reply:
@@ -137,7 +137,10 @@ class FileOperations(Tree):
         file = self._files.get(fh)
         if file is not None:
             self.locks.released(file, fh)
-        self.remove_file(fh)
+        try:
+            self.remove_file(fh)
+        finally:
+            self.locks.closed(fh)
         return ()
 
     def fsync(self, request: Request) -> Reply:

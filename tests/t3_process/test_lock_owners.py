@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coherency.fuse import syscalls, waits
+from coherency.fuse import abi, locks, syscalls, waits
 from coherency.fuse.abi import Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.locks import OFFSET_MAX
@@ -137,6 +137,29 @@ def test_locks_are_never_let_go_for_a_description_that_writes(ground: Ground, mo
 )
 def test_what_is_no_lock(ground: Ground, kind: int, start: int, end: int) -> None:
     assert ground.lock(ground.open(), FIRST, kind, start, end) == errno.EINVAL
+
+
+@pytest.mark.parametrize("api", ["ofd", "flock"])
+@pytest.mark.parametrize("patient", [True, False])
+def test_what_was_closed_just_now_is_not_in_the_way(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, patient: bool, api: str
+) -> None:
+    """RELEASE comes after `close` has returned, and by then somebody else may have tried. The impatient case is the control."""
+    monkeypatch.setattr(locks, "_RELEASED_WITHIN_NS", 20_000_000_000 if patient else 0)
+    closed, other = ground.open(), ground.open()
+    flags: dict[str, Any] = {"lk_flags": abi.LK_FLOCK} if api == "flock" else {}
+    assert ground.kernel.ask("SETLK", node=ground.node, **ground.fields(closed, FIRST, W), **flags).error == 0
+    assert ground.kernel.ask("SETLK", node=ground.node, **ground.fields(other, SECOND, W), **flags).error == errno.EAGAIN
+    assert ground.kernel.ask("FLUSH", node=ground.node, fh=closed, lock_owner=99).error == 0
+    tries = ground.kernel.new_unique()
+    ground.kernel.send(request("SETLK", unique=tries, node=ground.node, **ground.fields(other, SECOND, W), **flags))
+    if not patient:
+        assert ground.kernel.receive().error == errno.EAGAIN
+        return
+    until(lambda: [each.unique for each in ground.kernel.session.unanswered()] == [tries])
+    ground.kernel.send(request("RELEASE", unique=1000, node=ground.node, fh=closed))
+    answers = ground.kernel.receive(), ground.kernel.receive()
+    assert {answer.unique: answer.error for answer in answers} == {tries: 0, 1000: 0}
 
 
 # ---- waiting ----
