@@ -139,6 +139,9 @@ class Program:
         found, _, start, length, pid = _FLOCK.unpack(answer)
         return None if found == fcntl.F_UNLCK else [{v: k for k, v in KINDS.items()}[found], start, length, pid]
 
+    def read(self, fd: int, size: int) -> str:
+        return os.pread(fd, size, 0).decode()
+
     def in_child(self, method: str, *arguments: Any) -> Any:
         """The same by a forked child, which has the descriptors, and ends."""
         reading, writing = os.pipe()

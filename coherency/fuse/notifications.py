@@ -35,7 +35,8 @@ class Notifications:
     def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
         """The kernel forgets the attributes of ``node``, from offset 0 on its pages too. False: it does not know the node.
 
-        Attributes only (offset -1) never blocks; with pages it waits for I/O on them: never on a thread that answers requests.
+        Attributes only (offset -1) never blocks; with pages it waits for I/O on them: only on a thread that answers requests
+        if others are certain to be left.
         """
         return self._notify(abi.Notify.INVAL_INODE, replies.encode_inval_inode(node, offset, length))
 

@@ -195,7 +195,12 @@ class FileOperations(Tree):
             self.locks.flock(request, file, wanted.kind, wait=wait)
         else:
             self.locks.set(request, file, body.owner, wanted, wait=wait)
+        if wanted.kind != fcntl.F_UNLCK:
+            self.locked(file.node)
         return ()
+
+    def locked(self, node: Node) -> None:
+        """Somebody has got a lock, and is about to be told: a hook."""
 
     # ---- directories ----
 

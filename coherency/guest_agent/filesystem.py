@@ -21,6 +21,7 @@ from coherency.fuse.passthrough import Passthrough, sized
 from coherency.fuse.session import Deferred, Operation, QuickOperation, Reply
 from coherency.fuse.tree import OpenFile
 from coherency.guest_agent.cache import UserCache
+from coherency.guest_agent.pages import Pages
 from coherency.ids import HostInode
 from coherency.shm_table import Stamp
 
@@ -33,7 +34,7 @@ _ABSENT: Final = object()
 ACLS: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 # What the cache's keys begin with; the inode number follows, then a name where there are several.
-_ATTRIBUTES, _NAME, _LISTING, _TARGET, _XATTR, _XATTRS, _STATX, _PAGES = range(8)
+_ATTRIBUTES, _NAME, _LISTING, _TARGET, _XATTR, _XATTRS, _STATX, _PAGES, _PAGES_OF_LOCKED = range(9)
 
 
 class Listing(NamedTuple):
@@ -55,6 +56,7 @@ class CachingFileSystem(Passthrough):
         """``lower``: the open lower directory, owned by this object from now on."""
         super().__init__(lower, descriptor_limit=descriptor_limit)
         self.cache = cache
+        self.pages = Pages()
         self.answered_here = 0  # requests that needed nothing of the lower directory; counted like cache.Counters
 
     @property
@@ -347,6 +349,13 @@ class CachingFileSystem(Passthrough):
         return ()
 
     # ---- files ----
+
+    def locked(self, node: Node) -> None:
+        cache, key = self.cache, (_PAGES_OF_LOCKED, node.ino)
+        if not cache.peek(key):
+            stamp = cache.sample(node.ino)
+            self.pages.drop(node.id)
+            cache.put(key, True, stamp)  # not earlier: another one may get a shared lock meanwhile
 
     def open_flags(self, node: Node) -> int:
         """Pages that were read since the last open survive this one iff nothing has changed since then."""

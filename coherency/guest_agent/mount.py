@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from coherency.errors import MountError, UsageError
 from coherency.fuse.mounts import place_of, remove_dead_mount
-from coherency.fuse.nodes import descriptor_budget
+from coherency.fuse.nodes import Node, descriptor_budget
 from coherency.fuse.passthrough import Passthrough
 from coherency.fuse.replies import FOREVER_NS
 from coherency.fuse.session import Session
@@ -31,6 +31,7 @@ from coherency.guest_agent.grants import Grants
 from coherency.guest_agent.helper_pool import HelperPool
 from coherency.guest_agent.links import Link
 from coherency.guest_agent.lower import introduce, is_same_mount, open_export, open_given, same_tree
+from coherency.guest_agent.pages import Pages
 from coherency.guest_agent.recalls import Recalls
 from coherency.guest_agent.sharer import Sharer
 from coherency.protocol import SHORT_TEXT_BYTES, Welcome
@@ -96,6 +97,14 @@ class LowerPassthrough(Passthrough):
     """A guest's file system without a user cache."""
 
     most_lock_waits = MOST_LOCK_WAITS
+
+    def __init__(self, lower: int, *, descriptor_limit: int, kernel_cache: KernelCache) -> None:
+        super().__init__(lower, descriptor_limit=descriptor_limit, kernel_cache=kernel_cache)
+        self.pages = Pages()
+
+    def locked(self, node: Node) -> None:
+        self.pages.drop(node.id)
+
     descriptors_pin = False
     moved_directories_are_new = True
 
@@ -117,7 +126,7 @@ class GuestMount:
     def __init__(self, options: MountOptions) -> None:
         self.options = options
         self._counters = Counters()
-        self._file_system: Passthrough | None = None
+        self._file_system: LowerPassthrough | CachingFileSystem | None = None
         self._session: Session | None = None
         self._undo = contextlib.ExitStack()
         self._connecting = threading.Lock()  # the daemon may be restarted while the mount is being made
@@ -158,6 +167,7 @@ class GuestMount:
                     file_system.close()
                     raise
             undo.callback(session.close)
+            file_system.pages.belong_to(session)
             session.start()
             if self._sharer is not None and isinstance(file_system, GrantingFileSystem):
                 self._begin_granting(self._sharer, file_system, session, undo)
@@ -183,7 +193,7 @@ class GuestMount:
         introduce(welcome, lower)
         return lower
 
-    def _make_file_system(self, lower: int) -> Passthrough:
+    def _make_file_system(self, lower: int) -> LowerPassthrough | CachingFileSystem:
         budget = descriptor_budget()
         if self.options.mode in COHERENT_MODES:
             cache = self._make_cache(self.client.reader)

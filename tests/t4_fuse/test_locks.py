@@ -20,6 +20,7 @@ from coherency.fuse.abi import InitFlag
 from coherency.fuse.passthrough import Passthrough
 from coherency.guest_agent.filesystem import CachingFileSystem
 from coherency.guest_agent.mount import GuestMount, MountOptions
+from coherency.guest_agent.pages import Pages
 from tests.guests import Host
 from tests.locker import Locker, waiting_for
 from tests.waiting import until
@@ -468,16 +469,48 @@ def test_sqlite_is_written_by_guests_and_the_host_at_the_same_time(host: Host) -
             assert found == [(number,) for number in range(len(roots) * EACH + 1)], root
 
 
+# ---- what was written under a lock ----
+
+
+def rewrite(path: Path, text: str) -> None:
+    """As many bytes as before, at the same time: as within one tick of a clock."""
+    with open(path, "r+") as file:
+        before = os.fstat(file.fileno())
+        file.write(text)
+        file.flush()
+        os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("mode", ["access", "none", "auto", "always"])
+@pytest.mark.parametrize("api", ["posix", "flock"])
+def test_who_has_got_a_lock_reads_what_was_written_before(
+    host: Host, monkeypatch: pytest.MonkeyPatch, mode: str, api: str
+) -> None:
+    writer = host.mount("writer", "access")
+    (host.share / "file").write_text("old")
+    with guests_in_this_process(host, mode) as (here, there), Locker() as reader:
+        for root in (here, there):
+            fd = reader.open(f"{root}/file")
+            assert reader.read(fd, 3) == "old"
+            if root == there:  # the control
+                monkeypatch.setattr(Pages, "drop", lambda *arguments: None)
+            rewrite(writer / "file", "new")
+            assert reader.lock(api, fd, "shared")
+            assert reader.read(fd, 3) == ("old" if root == there else "new")
+            assert reader.lock(api, fd, "unlock")
+            rewrite(writer / "file", "old")
+
+
 # ---- controls ----
 
 
 @contextlib.contextmanager
-def guests_in_this_process(host: Host) -> Iterator[tuple[Path, Path]]:
+def guests_in_this_process(host: Host, mode: str = "access") -> Iterator[tuple[Path, Path]]:
     with ExitStack() as undo:
         roots = host.directory / "here", host.directory / "there"
         for root in roots:
             root.mkdir()
-            mount = GuestMount(MountOptions(host.name, root, host.runtime_dir, "access"))
+            mount = GuestMount(MountOptions(host.name, root, host.runtime_dir, mode))
             mount.start()
             undo.callback(mount.close)
         yield roots
