@@ -51,7 +51,7 @@ def assert_settled(status: Mapping[str, object]) -> None:
 
 
 class Stage:
-    """A share on a disk that can fail, two guests, and a tree for each row and place."""
+    """A share on a disk that can fail, two guests, and a tree for each row."""
 
     def __init__(self, directory: Path, undo: contextlib.ExitStack) -> None:
         disk, mounted = directory / "disk", directory / "mounted"

@@ -23,6 +23,7 @@ from coherency.guest_agent.mount import GuestMount, MountOptions
 from coherency.guest_agent.pages import Pages
 from tests.guests import Host
 from tests.locker import Locker, waiting_for
+from tests.mounts import detach
 from tests.waiting import until
 
 FILE_BYTES = 100
@@ -361,7 +362,7 @@ def test_an_agent_that_is_killed_has_no_locks(host: Host, api: str) -> None:
         until(lambda: two.lock(api, theirs, "exclusive"))
         with pytest.raises(OSError, match="|".join(map(os.strerror, (errno.ENOTCONN, errno.ECONNABORTED)))):
             waiting.answer()
-    os.system(f"umount -l {guest}")
+    detach(guest)
 
 
 def test_an_agent_with_waiting_users_ends_when_it_is_told(host: Host) -> None:
