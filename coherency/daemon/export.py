@@ -6,16 +6,21 @@ the host's own cache, which learns of a change only after the writer has got its
 
 A look-up of the introduction of a guest that is here, in the root, tells which process works for that guest; the error that
 it gets tells the guest that it was heard (``docs/spec/control.md``, section 8).
+
+If somebody watches what is changed past the export, he wants to know what was shown; see ``shown``.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 
 from coherency.daemon.changes import Change, Changes
 from coherency.daemon.origins import Origins
+from coherency.daemon.shown import Shown
 from coherency.fuse.abi import ROOT_ID
 from coherency.fuse.codec import Request
+from coherency.fuse.nodes import Node
 from coherency.fuse.passthrough import Passthrough
 from coherency.fuse.session import Deferred, Reply
 from coherency.fuse.tree import Leaving
@@ -29,10 +34,22 @@ class Export(Passthrough):
     tracks_changes = True
     most_lock_waits = 768  # of 1024 threads
 
-    def __init__(self, share: int, changes: Changes, *, descriptor_limit: int, origins: Origins | None = None) -> None:
-        """``share``: the open directory, owned by the export from now on. ``origins``: None if nobody introduces itself."""
+    def __init__(
+        self,
+        share: int,
+        changes: Changes,
+        *,
+        descriptor_limit: int,
+        origins: Origins | None = None,
+        shown: Shown | None = None,
+    ) -> None:
+        """``share``: the open directory, owned by the export from now on. ``origins``: None if nobody introduces itself;
+        ``shown``: None if nobody watches.
+        """
         super().__init__(share, descriptor_limit=descriptor_limit)
-        self._changes, self._origins = changes, origins
+        self._changes, self._origins, self._shown = changes, origins, shown
+        if shown is not None:
+            shown.mark(self.nodes.root.ino)
 
     def changing(self, request: Request, *inodes: HostInode, leaving: tuple[Leaving, ...] = ()) -> Change:
         led_to = tuple(name.ino for name in leaving if name.ino is not None) if leaving else ()
@@ -44,3 +61,18 @@ class Export(Passthrough):
             if session is not None and self._origins.introduce(session, request.pid):
                 raise OSError(errno.EISCONN, "an introduction")
         return super().lookup(request)
+
+    def look_up(self, parent: Node, at: int, name: bytes) -> tuple[Node, bytes]:
+        """Again, if what was found was not marked before: rule 2 of ``shown``."""
+        if self._shown is None:
+            return super().look_up(parent, at, name)
+        while True:
+            began = self._shown.marks
+            node, attr = super().look_up(parent, at, name)
+            if self._shown.was_shown(node.ino, began):
+                return node, attr
+            self.nodes.forget(node.id, 1)
+
+    def made(self, fd: int) -> None:
+        if self._shown is not None:
+            self._shown.mark(self.nodes.inode_number(os.fstat(fd)))

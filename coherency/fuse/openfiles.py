@@ -81,6 +81,7 @@ class FileOperations(Tree):
 
     def _created(self, fd: int, flags: int, parent: Node, name: bytes, change: Change) -> Reply:
         try:
+            self.made(fd)
             status = os.fstat(fd)
             change.touch(self.nodes.inode_number(status))  # before anything can fail: it is there
             node = self.nodes.adopt(

@@ -156,6 +156,9 @@ class Tree:
         node = self.nodes.adopt(fd, status, parent, name)
         return node, replies.encode_attr(status, node.ino)
 
+    def made(self, fd: int) -> None:
+        """``fd`` has just been made, and its attributes are about to be fetched."""
+
     def attributes(self, node: Node, fd: int) -> bytes:
         """The ``struct fuse_attr`` of ``node``, open as ``fd``."""
         return replies.encode_attr(os.fstat(fd), node.ino)
