@@ -11,14 +11,18 @@
 5. While changes are held nothing is begun (``holds``). A caller on the export that is interrupted meanwhile, or is killed
    while guests are waited for, gets EINTR, and nothing is applied.
 
+6. A change that somebody has made past the export is noticed when it is made. Then the words move first, and guests are
+   told after that; nobody is waited for, and nothing is odd in between. What is fetched from then on is of the new state,
+   and what was granted before was registered before, so whoever may hold the old state is told (``docs/concurrency.md``).
+
 Named points, for tests that stop a change there: ``begun`` (words are odd, nothing applied), ``recalled`` (guests have
-forgotten, nothing applied) and ``applied`` (not ended).
+forgotten, nothing applied) and ``applied`` (not ended); of one made past the export, ``touched`` (nobody is told yet).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from coherency.daemon.holds import Hold
@@ -37,6 +41,9 @@ class Revoker(Protocol):
 
     def revoke(self, keys: Iterable[GrantKey], request: Request | None) -> None:
         """Returns when they have, as far as they are waited for. ``InterruptedError`` if the caller gives up."""
+
+    def announce(self, keys: Collection[GrantKey] | None) -> None:
+        """Tells them that what the keys (None: all) stand for has changed, and waits for nobody."""
 
 
 class Changes:
@@ -66,6 +73,24 @@ class Changes:
         ``leaving``: those of the inodes that names lead to which it takes away.
         """
         return Change(self, inodes, request, leaving)
+
+    def made_elsewhere(self, inodes: Iterable[HostInode], leaving: Iterable[HostInode] = ()) -> None:
+        """Rule 6: somebody has changed these inodes, and may have taken names away that lead to those of ``leaving``."""
+        slots = self.table.slots_of(inodes)
+        if self.bumps:
+            self.table.begin(slots)
+            self.table.end(slots)
+        self.reach("touched")
+        if self.recalls is not None:
+            self.recalls.announce(keys_of(slots, self.table.slots_of(leaving)))
+
+    def made_anywhere(self) -> None:
+        """Rule 6, if nobody knows what was changed."""
+        if self.bumps:
+            self.table.advance_epoch()
+        self.reach("touched")
+        if self.recalls is not None:
+            self.recalls.announce(None)
 
     def wait_until_allowed(self, request: Request | None) -> None:
         """Rule 5. ``InterruptedError`` if the caller gives up."""

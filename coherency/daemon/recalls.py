@@ -10,6 +10,8 @@ Rules:
 4. A wait ends early if whoever asked for the change is killed meanwhile, or if the daemon gives up its waits because it is
    told to end at once.  The change is not made then.  Another signal does not end it: programs do not expect EINTR of
    calls that change files.
+5. `announce` is for a change that is made already.  It tells whom `revoke` would tell, and leaves the rest to them: who owes
+   the ack is waited for by later changes of the same keys.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final, NamedTuple, Protocol
 
 from coherency.daemon.ledger import Round
@@ -25,9 +27,14 @@ from coherency.daemon.origins import is_dying
 from coherency.daemon.server import ControlServer
 from coherency.fuse.codec import Request
 from coherency.ids import GrantKey
+from coherency.leases import MAX_KEYS_PER_MESSAGE
 
 _SECOND_NS: Final = 1_000_000_000
 _LOOK_AGAIN_NS: Final = 20_000_000
+
+
+def _nobody_waits() -> None:
+    """What a round wakes when everybody has acked."""
 
 
 class RecallStatistics(NamedTuple):
@@ -69,6 +76,13 @@ class Recalls:
             round_ = self._server.recall(keys, over.set, origin=origin)
             if round_.pending:
                 self._wait(round_, over, request)
+
+    def announce(self, keys: Collection[GrantKey] | None) -> None:
+        """Rule 5.  `keys`: None for all, which is also what more keys than a message may name become."""
+        if keys is not None and len(keys) > MAX_KEYS_PER_MESSAGE:
+            keys = None
+        if keys is None or self._server.is_held(keys):
+            self._server.abandon(self._server.recall(keys, _nobody_waits))
 
     def give_up(self) -> None:
         """End all waits, also those that would begin later."""

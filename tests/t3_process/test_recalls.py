@@ -25,6 +25,7 @@ from coherency.fuse.abi import ROOT_ID, Opcode
 from coherency.fuse.codec import Request
 from coherency.guest_agent.client import fetch_status, invalidate
 from coherency.ids import GrantKey, NodeId
+from coherency.leases import MAX_KEYS_PER_MESSAGE
 from coherency.protocol import Evicted, Goodbye, Recall, Register, Renewed, encode
 from tests.control_daemon import ControlDaemon
 from tests.scripted_guests import ScriptedGuest
@@ -626,3 +627,49 @@ def test_a_flood_of_registrations_is_bounded(make_host: MakeHost) -> None:
         stop.set()
         pourer.join()
     assert host.daemon.leasing.statistics().registrations <= 4096 + 1
+
+
+# --- changes that somebody else has made ---------------------------------------------------------------------------
+
+
+def test_an_announcement_tells_everybody_and_waits_for_nobody(make_host: MakeHost) -> None:
+    host = make_host()
+    strict, prompt = host.guest(), host.guest("prompt")
+    strict.register(A)
+    prompt.register(A, B)
+    host.recalls.announce((A, B, C))
+    assert strict.hear_recall().keys == (A,)
+    assert prompt.hear_recall().keys == (A, B)
+    assert host.recalls.statistics().waits == 0
+
+
+def test_a_later_change_waits_for_the_ack_of_an_announcement(make_host: MakeHost) -> None:
+    host = make_host()
+    guest = host.guest()
+    guest.register(A)
+    host.recalls.announce((A,))
+    serial = guest.hear_recall().serial
+    change = host.change(A)
+    host.settle()
+    assert not change.done()
+    guest.ack(serial)
+    change.result(20)
+
+
+@pytest.mark.parametrize("keys", [None, tuple(map(GrantKey, range(MAX_KEYS_PER_MESSAGE + 1)))], ids=["all", "too many"])
+def test_more_keys_than_a_message_may_name_are_all_keys(make_host: MakeHost, keys: tuple[GrantKey, ...] | None) -> None:
+    host = make_host()
+    guest = host.guest()
+    guest.register(A)
+    host.recalls.announce(keys)
+    assert guest.hear_recall().keys == ()
+
+
+def test_an_announcement_of_what_nobody_has_takes_no_lock(make_host: MakeHost) -> None:
+    host = make_host()
+    guest = host.guest()
+    guest.register(A)
+    with host.daemon.server._control_lock:
+        host.recalls.announce((B, C))
+    host.recalls.announce((A,))  # the negative control
+    guest.hear_recall()
