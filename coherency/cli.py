@@ -119,6 +119,11 @@ def _group(_context: click.Context, _parameter: click.Parameter, value: str | No
     help="Mount the export over SHARE itself, too, so that programs on the host go through it without knowing.",
 )
 @click.option(
+    "--watch/--no-watch",
+    default=None,
+    help="See what programs on the host change in SHARE directly, or do not. [default: if the file system allows it]",
+)
+@click.option(
     "--live-dangerously",
     type=click.Choice(DANGERS),
     help="Never bump a version, or never tell a guest to forget: guests WILL be stale. For demonstrations.",
@@ -126,7 +131,7 @@ def _group(_context: click.Context, _parameter: click.Parameter, value: str | No
 @_verbose
 def serve(
     share: Path, name: str, runtime_dir: Path, table: str, slots: int, group: int | None, lease: float, in_place: bool,
-    live_dangerously: str | None, verbose: bool,
+    watch: bool | None, live_dangerously: str | None, verbose: bool,
 ) -> None:  # fmt: skip
     """Serve the directory SHARE until SIGTERM or Ctrl-C.
 
@@ -148,7 +153,7 @@ def serve(
         service = Service(
             ServiceOptions(
                 share.absolute(), name, runtime_dir.absolute(), posix_table=table == "posix", slot_count=slots, gid=group,
-                lease_ns=lease_ns, in_place=in_place, live_dangerously=live_dangerously,
+                lease_ns=lease_ns, in_place=in_place, watch=watch, live_dangerously=live_dangerously,
             )
         )  # fmt: skip
         second = threading.Event()
@@ -308,6 +313,11 @@ def _print_status(console: Console, report: dict[str, Any]) -> None:
         )
     if report["in_place"] == "uncovered":
         console.print("  [bold yellow]the mount over the share is gone: programs on the host change it directly now[/bold yellow]")
+    watching = f"watching {report['watching']}" + (f" ({report['watching_why']})" if report["watching_why"] else "")
+    console.print(
+        f"  {escape(watching)}, {report['host_events']} events of the host, {report['overflows']} times too many at once",
+        soft_wrap=True,
+    )
     for what in ("bumping", "recalling"):
         if report[what] != "on":
             console.print(f"  [bold red]{_SWITCHED_OFF[what]} are switched off: guests are stale[/bold red]")

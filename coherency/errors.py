@@ -70,6 +70,13 @@ class MountError(CoherencyError):
     """A mount could not be made or removed.  The operator looks at the reason (rights, /dev/fuse, mount point)."""
 
 
+class WatchError(CoherencyError):
+    """Changes made directly in the share cannot be noticed here.
+
+    The catcher goes on without, and tells the operator; or ends, if the operator had asked for it.
+    """
+
+
 # --- the table is not what it should be ---------------------------------------------------------------------------
 
 

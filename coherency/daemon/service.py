@@ -33,7 +33,10 @@ from coherency.daemon.origins import Origins
 from coherency.daemon.recalls import Recalls
 from coherency.daemon.runtime import Claim, RuntimeDirectory
 from coherency.daemon.server import ControlServer
-from coherency.errors import MountError, TableError, UsageError
+from coherency.daemon.shown import Shown
+from coherency.daemon.watch import Watcher
+from coherency.daemon.watched import Watched
+from coherency.errors import MountError, TableError, UsageError, WatchError
 from coherency.fuse import syscalls
 from coherency.fuse.mounts import place_of, remove_dead_mount
 from coherency.fuse.nodes import descriptor_budget
@@ -75,6 +78,7 @@ class ServiceOptions:
     gid: int | None = None  # of whoever may be a guest, beside this user
     lease_ns: int = DEFAULT_LEASE_NS
     in_place: bool = False
+    watch: bool | None = None  # None: if it is possible
     live_dangerously: str | None = None  # one of DANGERS
 
 
@@ -91,6 +95,8 @@ class Service:
         self._hurried: Callable[[], bool] = lambda: True
         self._settled = True
         self.hold = Hold()
+        self.watcher: Watcher | None = None
+        self._why_not_watching = ""
 
     def start(self) -> None:
         """Everything is up when this returns; nothing is left behind when it raises."""
@@ -127,9 +133,16 @@ class Service:
                 recalls=None if options.live_dangerously == "no-recalls" else self.recalls,
                 bumps=options.live_dangerously != "no-bumps",
             )  # fmt: skip
-            export = Export(share, self.changes, descriptor_limit=descriptor_budget(), origins=origins)
+            watched = self._watch(share)
+            if watched is not None:
+                undo.callback(watched.close)
+            shown = None if watched is None else Shown()
+            export = Export(share, self.changes, descriptor_limit=descriptor_budget(), origins=origins, shown=shown)
             self.export = export
             until_owned.pop_all()
+        if watched is not None and shown is not None:
+            self.watcher = Watcher(watched, self.changes, shown=shown, number_on=export.nodes.number_on)
+            undo.callback(self.watcher.close)
         try:
             self.session = Session.mount(
                 str(directory.export), export, source=f"coherency:{options.name}", name=f"export-{options.name}",
@@ -152,6 +165,8 @@ class Service:
         undo.callback(self._stop_beating.set)
         undo.callback(self._settle)
         undo.callback(table.close)
+        if self.watcher is not None:
+            self.watcher.start()
         table.set_state(State.SERVING)
         self.server.start()
         self._hand_to_group(directory.control_socket)
@@ -173,6 +188,23 @@ class Service:
             self.directory.control_socket,
             welcome=welcome, table_fd=table_fd, status=self.report, invalidate=table.advance_epoch, leasing=self.leasing,
         )  # fmt: skip
+
+    def _watch(self, share: int) -> Watched | None:
+        """None: nobody watches what is changed past the export."""
+        if self.options.watch is False:
+            self._why_not_watching = "--no-watch"
+            return None
+        try:
+            return Watched(share, self.options.share)
+        except WatchError as error:
+            if self.options.watch:
+                raise WatchError(f"--watch is not possible here: {error}; leave it out to serve without") from error
+            self._why_not_watching = str(error)
+            log.warning(
+                "changes made directly in %s will not be seen: %s; make them in a guest's mount or in the export, serve it with "
+                "--in-place, or say 'coherency invalidate %s' afterwards", self.options.share, error, self.options.name,
+            )  # fmt: skip
+            return None
 
     def _hand_to_group(self, path: Path) -> None:
         if self.options.gid is not None:
@@ -254,6 +286,7 @@ class Service:
             "requests": session.requests,
             "nodes": nodes.nodes,
             "descriptors": nodes.descriptors,
+            **self._watching(),
             "bumping": "on" if self.changes.bumps else "off",
             "recalling": "on" if self.changes.recalls else "off",
             "lease_ns": self.options.lease_ns,
@@ -268,6 +301,18 @@ class Service:
             "held_for_guests": hold.guests,
         }
 
+
+    def _watching(self) -> dict[str, ReportValue]:
+        if self.watcher is None:
+            return {"watching": "off", "watching_why": self._why_not_watching, "host_events": 0, "overflows": 0}
+        counted, unwatched = self.watcher.statistics(), self.watcher.unwatched()
+        why = f"without {len(unwatched)} file systems below the share: see the log" if unwatched else ""
+        return {
+            "watching": "off" if self.watcher.failed else "in part" if unwatched else "on",
+            "watching_why": "it has failed: see the log" if self.watcher.failed else why,
+            "host_events": counted.events,
+            "overflows": counted.overflows,
+        }
 
     def _in_place(self) -> str:
         return "off" if not self.options.in_place else "on" if self.session.is_everywhere() else "uncovered"

@@ -25,6 +25,7 @@ class Mount(NamedTuple):
     path: bytes
     kind: str
     device: int  # the minor number; of a FUSE mount, that of its connection
+    number: int  # not used again while it is mounted
 
 
 def mounts() -> list[Mount]:
@@ -35,7 +36,8 @@ def mounts() -> list[Mount]:
             before, _, after = line.partition(b" - ")
             fields = before.split(b" ")
             path = _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), fields[4])
-            found.append(Mount(path, os.fsdecode(after.split(b" ")[0]), int(fields[2].split(b":")[1])))
+            kind, device = os.fsdecode(after.split(b" ")[0]), int(fields[2].split(b":")[1])
+            found.append(Mount(path, kind, device, int(fields[0])))
     return found
 
 

@@ -300,7 +300,14 @@ def test_status_of_several_and_of_what_is_left_of_a_killed_one(host: Host) -> No
     subprocess.run(["umount", "-l", host.runtime_dir / "another/export"], check=True)
 
 
-def test_invalidate_makes_guests_fetch_what_the_host_has_changed(host: Host, guest: Path) -> None:
+@pytest.fixture
+def unwatched(make_socket_dir: Callable[[], Path]) -> Iterator[Host]:
+    with Host(make_socket_dir(), "--no-watch") as host:
+        yield host
+
+
+def test_invalidate_makes_guests_fetch_what_the_host_has_changed(unwatched: Host) -> None:
+    host, guest = unwatched, unwatched.mount("guest")
     for name in ("one", "two"):
         (guest / name).write_text("by the guest")
     for name in ("one", "two"):

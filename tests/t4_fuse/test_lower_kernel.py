@@ -35,7 +35,8 @@ class World:
         self.share, self.guest = directory / "share", directory / "guest"
         self.share.mkdir()
         self.guest.mkdir()
-        self.service = Service(ServiceOptions(self.share, "test", directory / "run"))
+        # Nobody watches: a mount inside the share would have everything fetched anew, and hide what a listing says.
+        self.service = Service(ServiceOptions(self.share, "test", directory / "run", watch=False))
         self.service.start()
         undo.callback(self.service.close)
         mount = GuestMount(MountOptions("test", self.guest, directory / "run", "access"))

@@ -1,0 +1,224 @@
+"""Changes that somebody makes directly in the share, past the export: the kernel tells of them afterwards (fanotify).
+
+1. What was read at once is one batch: the words of all inodes that it is about move, then what guests' kernels hold of
+   them is recalled (``Changes.made_elsewhere``). Nobody is waited for, since the change is made already.
+2. The daemon's own events are skipped: whatever goes through the export has been a change of the table already.
+3. Only inodes that were shown matter (``shown``): the file system may be large, and the share a small part of it.
+4. A name may have been taken away from what is removed or renamed, and from whatever changes without a name being told: so
+   the kernel tells of an inode that a rename has replaced.
+5. What cannot be known is taken for a change of everything: events that did not fit into the queue, inodes that nobody can
+   tell the number of, mounts that come and go below the share, and the end of this thread by a fault.
+6. Programs in guests hear of a change when the caches are right: after the batch.
+
+Named points, for tests: ``read`` (the kernel has told, nothing is looked at yet) and ``sorted`` (it is known what is
+concerned, nothing is done yet).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+from coherency.daemon.changes import Changes
+from coherency.daemon.fanotify_events import (
+    ATTRIB,
+    CREATE,
+    DELETE,
+    DELETE_SELF,
+    MODIFY,
+    ONDIR,
+    Q_OVERFLOW,
+    RENAME,
+    HostEvent,
+    events_of_others,
+)
+from coherency.daemon.shown import Shown
+from coherency.daemon.watched import Watched
+from coherency.events import Event, EventKind
+from coherency.ids import HostInode
+
+log = logging.getLogger(__name__)
+
+_OF_NAMES: Final = CREATE | DELETE | RENAME
+_NOBODY: Final = HostInode(0)
+_KINDS: Final = (
+    (CREATE, EventKind.CREATED),
+    (MODIFY, EventKind.MODIFIED),
+    (ATTRIB, EventKind.ATTRIBUTES),
+    (DELETE, EventKind.REMOVED),
+)
+
+
+class WatchStatistics(NamedTuple):
+    """Counters since the start."""
+
+    events: int
+    """Of others, relevant or not."""
+    overflows: int
+    unknown: int
+    """Events about inodes whose numbers nobody could tell."""
+
+
+class _Unknown(Exception):
+    """Nobody can tell which inode it is."""
+
+
+class _Batch:
+    """What one read was about."""
+
+    def __init__(self) -> None:
+        self.inodes: set[HostInode] = set()
+        self.leaving: set[HostInode] = set()
+        self.everything = False
+        self.events: list[Event] = []
+
+
+def _pass(point: str) -> None:
+    """No test is watching."""
+
+
+class Watcher:
+    """Reads what happens on the file systems of a share, from ``start`` to ``close``."""
+
+    def __init__(
+        self,
+        watched: Watched,
+        changes: Changes,
+        *,
+        shown: Shown,
+        number_on: Callable[[int, int], HostInode],
+        tell: Callable[[Event], None] | None = None,
+        wanted: Callable[[], bool] = lambda: True,
+        reach: Callable[[str], None] = _pass,
+    ) -> None:
+        """``watched`` stays the caller's, and is closed after this. ``number_on``: see ``NodeStore.number_on``. ``tell`` is
+        called by rule 6, if ``wanted()``, from the watcher's thread; it must neither wait nor raise. ``reach``: see named points.
+        """
+        self._watched, self._changes, self._shown, self._number_on = watched, changes, shown, number_on
+        self._tell, self._wanted, self.reach = tell, wanted, reach
+        self._own_pid = os.getpid()
+        self._events = self._overflows = self._unknown = 0
+        self.failed = False
+        self._closing = False
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """What has happened since ``watched`` was made is dealt with, and whatever happens from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread. Also if it was never started."""
+        self._closing = True
+        os.eventfd_write(self._wakeup, 1)
+        if self._thread.ident is not None:
+            self._thread.join()
+        os.close(self._wakeup)
+
+    def statistics(self) -> WatchStatistics:
+        """A snapshot; the counters have one writer."""
+        return WatchStatistics(self._events, self._overflows, self._unknown)
+
+    def unwatched(self) -> dict[str, str]:
+        """The mounts below the share that cannot be watched, and why."""
+        return self._watched.unwatched
+
+    # --- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with open("/proc/self/mountinfo", "rb") as mountinfo:
+                self._wait_and_deal(mountinfo.fileno())
+        except Exception:  # whatever it was, nothing that is cached may be believed
+            self.failed = True
+            log.critical("changes made directly in the share are not seen any more", exc_info=True)
+            self._changes.made_anywhere()
+
+    def _wait_and_deal(self, mountinfo: int) -> None:
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        poll.register(self._watched.group.fd, select.POLLIN)
+        poll.register(mountinfo, select.POLLPRI)  # is told as an error, too: proc_pid_mountinfo(5)
+        while not self._closing:
+            happened = {fd for fd, _ in poll.poll()}
+            if mountinfo in happened and self._watched.look():
+                self._changes.made_anywhere()  # rule 5, after the mark
+            if self._watched.group.fd in happened:
+                self.read_and_deal()
+
+    def read_and_deal(self) -> None:
+        """Deal with what has happened, as far as one read tells it. For the thread; in tests also without ``start``."""
+        buffer = self._watched.group.read()
+        self.reach("read")
+        batch, telling = _Batch(), self._tell is not None and self._wanted()
+        for event in events_of_others(buffer, self._own_pid):
+            self._events += 1
+            if event.mask & Q_OVERFLOW:
+                self._overflows += 1
+                batch.everything = True
+                continue
+            try:
+                self._sort(event, batch, telling)
+            except _Unknown:
+                self._unknown += 1
+                batch.everything = True
+        self.reach("sorted")
+        if batch.everything:
+            self._changes.made_anywhere()
+        elif batch.inodes:
+            self._changes.made_elsewhere(batch.inodes, batch.leaving)
+        if self._tell is not None:
+            for told in batch.events:
+                self._tell(told)
+
+    def _sort(self, event: HostEvent, batch: _Batch, telling: bool) -> None:
+        mask, fsid = event.mask, event.fsid
+        target = self._find(fsid, event.target)
+        if target in self._shown:
+            batch.inodes.add(target)
+            if mask & (DELETE | RENAME) or (mask & (ATTRIB | DELETE_SELF) and event.directory is None):  # rule 4
+                batch.leaving.add(target)
+        if not (mask & _OF_NAMES or telling):
+            return
+        parent = self._shown_directory(fsid, event.directory)
+        new_parent = self._shown_directory(fsid, event.new_directory)
+        if mask & _OF_NAMES:
+            batch.inodes.update(each for each in (parent, new_parent) if each is not _NOBODY)
+        if telling:
+            batch.events += told_of(event, target, parent, new_parent, shown=target in self._shown)
+
+    def _shown_directory(self, fsid: int, handle: bytes | None) -> HostInode:
+        if handle is None:
+            return _NOBODY
+        found = self._find(fsid, handle)
+        return found if found in self._shown else _NOBODY
+
+    def _find(self, fsid: int, handle: bytes | None) -> HostInode:
+        found = None if handle is None else self._watched.identity(fsid, handle)
+        if found is None:
+            raise _Unknown
+        return self._number_on(*found)
+
+
+def told_of(
+    event: HostEvent, target: HostInode, parent: HostInode, new_parent: HostInode, *, shown: bool
+) -> Iterator[Event]:
+    """What guests are told of an event: in the directories that somebody was shown (0 stands for others) it is what can be
+    seen from there, and without a directory it is of interest if ``target`` was shown.
+    """
+    is_directory = bool(event.mask & ONDIR)
+    if event.mask & RENAME:
+        if parent and new_parent:
+            yield Event(EventKind.RENAMED, target, is_directory, parent, event.name, new_parent, event.new_name)
+        elif parent:
+            yield Event(EventKind.REMOVED, target, is_directory, parent, event.name)
+        elif new_parent:
+            yield Event(EventKind.CREATED, target, is_directory, new_parent, event.new_name)
+    elif parent or (event.directory is None and shown and not event.mask & DELETE_SELF):
+        for bit, kind in _KINDS:
+            if event.mask & bit:
+                yield Event(kind, target, is_directory, parent, event.name)
