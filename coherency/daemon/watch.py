@@ -2,7 +2,8 @@
 
 1. What was read at once is one batch: the words of all inodes that it is about move, then what guests' kernels hold of
    them is recalled (``Changes.made_elsewhere``). Nobody is waited for, since the change is made already.
-2. The daemon's own events are skipped: whatever goes through the export has been a change of the table already.
+2. The daemon's own events are skipped: whatever goes through the export has been a change of the table already. When
+   nothing else has come, the next look is a moment later: to wake up for each write of a guest would cost as much as the write.
 3. Only inodes that were shown matter (``shown``): the file system may be large, and the share a small part of it.
 4. A name may have been taken away from what is removed or renamed, and from whatever changes without a name being told: so
    the kernel tells of an inode that a rename has replaced.
@@ -20,6 +21,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
@@ -43,6 +45,7 @@ from coherency.ids import HostInode
 
 log = logging.getLogger(__name__)
 
+_OWN_PAUSE_S: Final = 0.002
 _OF_NAMES: Final = CREATE | DELETE | RENAME
 _NOBODY: Final = HostInode(0)
 _KINDS: Final = (
@@ -147,11 +150,15 @@ class Watcher:
             happened = {fd for fd, _ in poll.poll()}
             if mountinfo in happened and self._watched.look():
                 self._changes.made_anywhere()  # rule 5, after the mark
-            if self._watched.group.fd in happened:
-                self.read_and_deal()
+            if self._watched.group.fd in happened and not self.read_and_deal():
+                time.sleep(_OWN_PAUSE_S)
 
-    def read_and_deal(self) -> None:
-        """Deal with what has happened, as far as one read tells it. For the thread; in tests also without ``start``."""
+    def read_and_deal(self) -> bool:
+        """Deal with what has happened, as far as one read tells it; returns whether somebody else has done anything.
+
+        For the thread; in tests also without ``start``.
+        """
+        before = self._events
         buffer = self._watched.group.read()
         self.reach("read")
         batch, telling = _Batch(), self._tell is not None and self._wanted()
@@ -174,6 +181,7 @@ class Watcher:
         if self._tell is not None:
             for told in batch.events:
                 self._tell(told)
+        return self._events > before
 
     def _sort(self, event: HostEvent, batch: _Batch, telling: bool) -> None:
         mask, fsid = event.mask, event.fsid

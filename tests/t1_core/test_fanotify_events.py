@@ -5,6 +5,7 @@ import struct
 import pytest
 
 from coherency.daemon import fanotify_events as fan
+from coherency.daemon.fanotify import BUFFER_BYTES
 from coherency.daemon.fanotify_events import HostEvent, Numbered, can_be_read, events_of_others, numbered
 from coherency.leases import MAX_KEYS_PER_MESSAGE
 from tests.host_events import FID, FSID, OTHER_PID, PLACE, event, ino32, of_inode, of_name, of_rename, record
@@ -65,8 +66,6 @@ def test_another_version_is_refused(buffer: bytes) -> None:
 
 def test_one_read_has_fewer_keys_than_a_recall_may_name() -> None:
     """Each inode has a key, and a second one if it may have lost a name."""
-    from coherency.daemon.fanotify import BUFFER_BYTES
-
     smallest = {
         of_inode(fan.ATTRIB, 1): 2,
         of_name(fan.DELETE, 1, 2, b"x"): 3,

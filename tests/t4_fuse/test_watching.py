@@ -163,6 +163,22 @@ def test_a_file_system_that_is_mounted_below_the_share_later(grounds: Grounds) -
     assert grounds.host.status()["epoch"] == epoch + 2
 
 
+def test_a_file_that_is_mounted_over_another(grounds: Grounds) -> None:
+    """Not a directory, and on a file system that is watched already."""
+    for file in (grounds.share / "under", grounds.outside / "over"):
+        file.write_text(file.name)
+    grounds.agrees("under")
+    run("mount", "--bind", grounds.outside / "over", grounds.share / "under")
+    try:
+        until(lambda: (grounds.guest / "under").read_text() == "over")
+        (grounds.outside / "over").write_text("over again")
+        until(lambda: (grounds.guest / "under").stat().st_size == len("over again"))
+        assert grounds.host.status()["watching"] == "on"
+    finally:
+        detach(grounds.share / "under")
+    until(lambda: (grounds.guest / "under").read_text() == "under")
+
+
 def test_mounts_elsewhere_are_no_business_of_it(grounds: Grounds) -> None:
     epoch = grounds.host.status()["epoch"]
     with mounted("tmpfs", grounds.outside):
