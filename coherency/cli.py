@@ -343,7 +343,7 @@ def _print_status(console: Console, report: dict[str, Any]) -> None:
 def invalidate_command(name: str, runtime_dir: Path, as_json: bool) -> None:
     """Begin a new epoch: every guest of NAME fetches afresh whatever it uses next.
 
-    For the day when the share was changed behind the daemon's back.
+    For the day when the share was changed where the daemon could not see it.
 
     \b
     coherency invalidate work

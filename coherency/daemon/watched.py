@@ -75,6 +75,8 @@ class Watched:
                 fsid, file_system = self._watch(mount.path[len(self._below) :])
                 if watched.setdefault(fsid, file_system).device != file_system.device:
                     raise FileExistsError(errno.EEXIST, "two with one id")
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # gone again, or not to be reached from the share: nobody can be shown it
             except OSError as error:
                 unwatched[os.fsdecode(mount.path)] = why_not(error, mount.kind)
         for path in unwatched.keys() - self.unwatched.keys():
