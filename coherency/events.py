@@ -26,7 +26,8 @@ class Event(NamedTuple):
     """One change. Names are single components; ``b""`` with parent 0 where the change was made through a descriptor.
 
     ``ino``: what it happened to, 0 if that is not known. ``parent``, ``name``: the directory and the name there (of a rename: the
-    old ones). ``new_parent``, ``new_name``: of a rename only.
+    old ones). ``new_parent``, ``new_name``, ``replaced``: of a rename only; the latter is what had the new name before, 0 if that
+    was nothing, or is not known.
     """
 
     kind: EventKind
@@ -36,3 +37,4 @@ class Event(NamedTuple):
     name: bytes = b""
     new_parent: HostInode = HostInode(0)
     new_name: bytes = b""
+    replaced: HostInode = HostInode(0)

@@ -27,6 +27,7 @@ import msgpack
 from coherency.errors import MessageError, ProtocolVersionError
 from coherency.ids import GrantKey
 from coherency.leases import MAX_KEYS_PER_MESSAGE
+from coherency.protocol_events import Happened, Subscribe
 from coherency.protocol_fields import MAX_ITEMS, Choice, Flag, Keys, Kind, Path, Report, ReportValue, Text, Unsigned
 
 PROTOCOL_VERSION: Final = 1
@@ -274,28 +275,11 @@ class Evicted:
 
 
 Message = (
-    Hello
-    | Welcome
-    | Refusal
-    | Goodbye
-    | StatisticsRequest
-    | Statistics
-    | StatusRequest
-    | GuestReport
-    | StatusReply
-    | InvalidateRequest
-    | Invalidated
-    | EvictRequest
-    | EvictReply
-    | Register
-    | Confirm
-    | Release
-    | Recall
-    | Ack
-    | Renew
-    | Renewed
-    | Evicted
-)
+    Hello | Welcome | Refusal | Goodbye | StatisticsRequest | Statistics
+    | StatusRequest | GuestReport | StatusReply | InvalidateRequest | Invalidated | EvictRequest | EvictReply
+    | Register | Confirm | Release | Recall | Ack | Renew | Renewed | Evicted
+    | Subscribe | Happened
+)  # fmt: skip
 
 
 class Side(Enum):
@@ -339,6 +323,8 @@ CATALOGUE: Final = (
     Entry(0x35, Renew, (Side.GUEST,), (Renewed,)),
     Entry(0x36, Renewed, (Side.DAEMON,)),
     Entry(0x37, Evicted, (Side.DAEMON,)),
+    Entry(0x40, Subscribe, (Side.GUEST,)),
+    Entry(0x41, Happened, (Side.DAEMON,)),
 )
 
 

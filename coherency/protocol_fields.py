@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from coherency.events import Event, EventKind
+from coherency.ids import HostInode
+
 MAX_ITEMS: Final = 64
 """Elements of any one msgpack array or map, entries of a report included."""
 
@@ -142,6 +145,56 @@ class Keys:
             return struct.pack(f"<{len(value)}I", *value)
         except struct.error:
             raise ValueError(f"not {self.notation}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A single name, of any bytes but `/` and NUL, binary on the wire; or none, which is empty."""
+
+    notation: str = "name"
+    max_bytes: int = 255
+
+    def load(self, value: object) -> bytes:
+        if type(value) is not bytes or len(value) > self.max_bytes or value in (b".", b"..") or b"/" in value or b"\0" in value:
+            raise ValueError("not a name")
+        return value
+
+    dump = load
+
+
+@dataclass(frozen=True, slots=True)
+class Happenings:
+    """Events, each an array of its fields, in an array. In Python a tuple of `Event`."""
+
+    max_events: int
+    ino: Unsigned = Unsigned(64)
+    flag: Flag = Flag()
+    name: Component = Component()
+
+    @property
+    def notation(self) -> str:
+        return f"events 0..{self.max_events}"
+
+    def load(self, value: object) -> tuple[Event, ...]:
+        if type(value) is not list or len(value) > self.max_events:
+            raise ValueError(f"not {self.notation}")
+        return tuple(map(self._event, value))
+
+    def dump(self, value: tuple[Event, ...]) -> list[list[object]]:
+        events: list[list[object]] = [[int(field) if isinstance(field, EventKind) else field for field in event] for event in value]
+        self.load(events)
+        return events
+
+    def _event(self, value: object) -> Event:
+        if type(value) is not list or len(value) != len(Event._fields):
+            raise ValueError("not an event")
+        kind, ino, is_directory, parent, name, new_parent, new_name, replaced = value
+        inodes = [HostInode(self.ino.load(each)) for each in (ino, parent, new_parent, replaced)]
+        names = [self.name.load(each) for each in (name, new_name)]
+        return Event(
+            EventKind(self.ino.load(kind)), inodes[0], self.flag.load(is_directory),
+            inodes[1], names[0], inodes[2], names[1], inodes[3],
+        )  # fmt: skip
 
 
 ReportValue = int | str

@@ -8,8 +8,21 @@ from typing import Any
 import msgpack
 from hypothesis import strategies as st
 
+from coherency.events import Event, EventKind
 from coherency.protocol import CATALOGUE, MAGIC, Message, wire_fields
-from coherency.protocol_fields import REPORT_KEYS, Choice, Flag, Keys, Kind, Path, Report, ReportValue, Text, Unsigned
+from coherency.protocol_fields import (
+    REPORT_KEYS,
+    Choice,
+    Flag,
+    Happenings,
+    Keys,
+    Kind,
+    Path,
+    Report,
+    ReportValue,
+    Text,
+    Unsigned,
+)
 
 REPORT: Mapping[str, ReportValue] = {
     "name": "share-1",
@@ -59,10 +72,19 @@ def values(kind: Kind) -> st.SearchStrategy[Any]:
         )
     if isinstance(kind, Keys):
         return st.lists(st.integers(0, 2**32 - 1), max_size=20).map(tuple)
+    if isinstance(kind, Happenings):
+        return st.lists(events(), max_size=10).map(tuple)
     assert isinstance(kind, Report)
     required = st.fixed_dictionaries({name: values(entry) for name, entry in REPORT_KEYS.items()})
     others = st.dictionaries(texts(kind.key), values(kind.number) | texts(kind.text), max_size=20)
     return st.tuples(others, required).map(lambda parts: {**parts[0], **parts[1]})
+
+
+def events() -> st.SearchStrategy[Event]:
+    """Any event, also such as nobody would tell."""
+    inodes = st.integers(0, 2**64 - 1)
+    names = st.binary(max_size=255).filter(lambda name: not {*b"/\0"} & {*name} and name not in (b".", b".."))
+    return st.builds(Event, st.sampled_from(EventKind), inodes, st.booleans(), inodes, names, inodes, names, inodes)
 
 
 def messages(kind: type[Message] | None = None) -> st.SearchStrategy[Message]:

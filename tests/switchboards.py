@@ -72,6 +72,7 @@ class Bench:
 
     def __init__(self, limits: Limits = LIMITS, *, max_keys: int = MAX_KEYS_PER_GUEST) -> None:
         self.now_ns = 0
+        self.credentials = STRANGER
         self.journal = Notebook()
         self.leasing = make_leasing(epoch=lambda: Epoch(self.epoch), journal=self.journal, max_keys=max_keys)
         self.report: Mapping[str, ReportValue] = REPORT
@@ -94,8 +95,8 @@ class Bench:
         self.epoch += 1
         return Epoch(self.epoch)
 
-    def open(self, credentials: Credentials = STRANGER) -> PeerId:
-        peer = self.board.opened(credentials, self.now_ns)
+    def open(self, credentials: Credentials | None = None) -> PeerId:
+        peer = self.board.opened(credentials or self.credentials, self.now_ns)
         self.got[peer] = []
         self.act()
         return peer

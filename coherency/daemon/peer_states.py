@@ -25,6 +25,7 @@ from coherency.protocol import (
     Statistics,
     StatusRequest,
 )
+from coherency.protocol_events import Subscribe
 from coherency.protocol_stream import Decoder
 
 
@@ -52,7 +53,7 @@ class PeerEvent(Enum):
     LINE_GOODBYE = "Goodbye on a serial line"
 
 
-_OF_GRANTS: Final = (Register, Release, Ack, Renew)
+_OF_A_SESSION: Final = (Register, Release, Ack, Renew, Subscribe)
 _GUESTS: Final = (PeerState.GUEST, PeerState.GUEST_ASKING)
 _OPEN_STATES: Final = tuple(state for state in PeerState if state is not PeerState.CLOSED)
 
@@ -71,8 +72,8 @@ TRANSITIONS: Final[Mapping[tuple[PeerState, type[Message] | PeerEvent], PeerStat
     (PeerState.OPERATOR_ASKING, PeerEvent.ANSWERED): PeerState.OPERATOR,
     (PeerState.OPERATOR_INVALIDATING, PeerEvent.ANSWERED): PeerState.OPERATOR,
     (PeerState.OPERATOR_EVICTING, PeerEvent.ANSWERED): PeerState.OPERATOR,
-    **{(PeerState.GUEST, message): PeerState.GUEST for message in _OF_GRANTS},
-    **{(PeerState.GUEST_ASKING, message): PeerState.GUEST_ASKING for message in _OF_GRANTS},
+    **{(PeerState.GUEST, message): PeerState.GUEST for message in _OF_A_SESSION},
+    **{(PeerState.GUEST_ASKING, message): PeerState.GUEST_ASKING for message in _OF_A_SESSION},
     **{(state, PeerEvent.LINE_HELLO): PeerState.GUEST for state in _GUESTS},
     **{(state, PeerEvent.LINE_GOODBYE): PeerState.OPENED for state in _GUESTS},
     **{(state, Goodbye): PeerState.CLOSED for state in _OPEN_STATES},

@@ -35,6 +35,7 @@ from coherency.daemon.leasing import Leasing
 from coherency.daemon.ledger import Round
 from coherency.daemon.peer_states import Credentials, GuestSnapshot, PeerId
 from coherency.daemon.switchboard import Limits, Switchboard, SwitchboardStatistics
+from coherency.events import Event
 from coherency.ids import Epoch, GrantKey
 from coherency.protocol import Welcome
 from coherency.protocol_fields import ReportValue
@@ -101,6 +102,7 @@ class ControlServer:
             welcome=welcome, status=status, invalidate=invalidate, leasing=leasing,
             own_uid=os.geteuid(), limits=self._limits,
         )  # fmt: skip
+        self.subscribers = self._board.subscribers
         self._control_lock = threading.Lock()
         self._links: dict[PeerId, _Link] = {}
         self._attention: list[_Link] = []
@@ -188,6 +190,15 @@ class ControlServer:
         """Evict whose lease is over.  The loop does so, too; who waits does not want to depend on that."""
         with self._control_lock:
             self._board.tick(time.monotonic_ns())
+            self._act()
+            self._wake_if_needed()
+
+    def tell(self, events: Iterable[Event], origin: int | None) -> None:
+        """Tell events to those who want them, but for the guest with the session `origin`.  When this returns they are sent, or lost."""
+        with self._control_lock:
+            for peer, frame in self.subscribers.tell(events, origin, lambda peer: len(self._links[peer].unsent)):
+                self._links[peer].unsent += frame
+                self._flush(self._links[peer])
             self._act()
             self._wake_if_needed()
 

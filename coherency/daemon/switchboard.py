@@ -29,6 +29,7 @@ from coherency.daemon.ledger import Round
 from coherency.daemon.orders import Leaver, Order, Orders
 from coherency.daemon.peer_states import Credentials, GuestSnapshot, Peer, PeerEvent, PeerId, PeerState, next_state
 from coherency.daemon.reports import guest_report
+from coherency.daemon.subscribers import Subscribers
 from coherency.errors import MessageError, PeerError, ProtocolVersionError
 from coherency.ids import Epoch, GrantKey
 from coherency.protocol import (
@@ -48,6 +49,7 @@ from coherency.protocol import (
     Welcome,
     encode,
 )
+from coherency.protocol_events import Subscribe
 from coherency.protocol_fields import ReportValue
 
 
@@ -60,6 +62,7 @@ class Limits:
     frame_ns: int = 5_000_000_000
     statistics_ns: int = 500_000_000
     unsent_bytes: int = 1 << 20
+    unsent_events_bytes: int = 1 << 18
     accept_pause_ns: int = 1_000_000_000
 
 
@@ -118,6 +121,7 @@ class Switchboard:
             self._guests, statistics_ns=limits.statistics_ns, ask=self._send, answer=self._answer_status
         )
         self._orders = Orders()
+        self.subscribers = Subscribers(limits.unsent_events_bytes)
         self._opened = self._welcomed = self._dropped = self._messages = 0
 
     # --- what the server calls ---------------------------------------------------------------------------------
@@ -201,6 +205,7 @@ class Switchboard:
             self._leasing.end(peer, goodbye=False)
         self._peers.clear()
         self._guests.clear()
+        self.subscribers.clear()
         self._actions.clear()
         self._collector.end()
         self._deadlines = Deadlines()
@@ -253,6 +258,8 @@ class Switchboard:
             self._collector.request(peer.peer_id, now_ns)
         elif isinstance(message, InvalidateRequest | EvictRequest):
             self._obey(peer, message, now_ns)
+        elif isinstance(message, Subscribe):
+            self._subscribe(peer, message, now_ns)
         elif isinstance(message, OfGrants) and (answer := self._leasing.answer(peer, message, now_ns)):
             self._send(peer.peer_id, answer)
 
@@ -286,11 +293,19 @@ class Switchboard:
         self._part(peer, now_ns, goodbye=goodbye)
         peer.snapshot, peer.session, peer.owed_serial = None, 0, None
 
+    def _may(self, peer: Peer, what: str, now_ns: int) -> bool:
+        if peer.credentials.uid in (0, self._own_uid):
+            return True
+        reason = f"may not {what}: only root and the daemon's own user may"
+        self._drop(peer, reason, now_ns, code=RefusalCode.PERMISSION)
+        return False
+
+    def _subscribe(self, peer: Peer, message: Subscribe, now_ns: int) -> None:
+        if self._may(peer, "subscribe", now_ns) and message.session == peer.session:
+            self.subscribers.add(peer.peer_id, peer.session)
+
     def _obey(self, peer: Peer, request: InvalidateRequest | EvictRequest, now_ns: int) -> None:
-        what = "invalidate" if isinstance(request, InvalidateRequest) else "evict"
-        if peer.credentials.uid not in (0, self._own_uid):
-            reason = f"may not {what}: only root and the daemon's own user may"
-            self._drop(peer, reason, now_ns, code=RefusalCode.PERMISSION)
+        if not self._may(peer, "invalidate" if isinstance(request, InvalidateRequest) else "evict", now_ns):
             return
         if isinstance(request, EvictRequest):
             self._evict_for(peer, request.guest, now_ns)
@@ -363,6 +378,7 @@ class Switchboard:
     def _part(self, peer: Peer, now_ns: int, *, goodbye: bool) -> None:
         """Whatever it was, it is not any more, and nobody waits for its answers."""
         self._guests.pop(peer.peer_id, None)
+        self.subscribers.discard(peer.peer_id)
         self._leasing.end(peer, goodbye=goodbye)
         self._collector.part(peer.peer_id, now_ns)
 

@@ -13,6 +13,7 @@ from coherency.daemon.peer_states import TRANSITIONS, PeerEvent, PeerState
 from coherency.daemon.runtime import DIRECTORY_MODE
 from coherency.daemon.server import SOCKET_MODE
 from coherency.daemon.switchboard import Limits
+from coherency.events import Event, EventKind
 from coherency.guest_agent.client import LINK_TRANSITIONS, LinkEvent, LinkState
 from coherency.guest_agent.requests import Patience
 from coherency.guest_agent.virtual_machine import IVSHMEM, IVSHMEM_REGION
@@ -184,6 +185,14 @@ def test_limits(heading: str, defaults: Limits | Patience) -> None:
     suffix = {"nanoseconds": "_ns", "bytes": "_bytes", "connections": ""}
     specified = {row["limit"] + suffix[row["unit"].split(" ")[0]]: int(row["value"]) for row in table(heading, "limit")}
     assert specified == {field.name: getattr(defaults, field.name) for field in fields(defaults)}
+
+
+def test_events() -> None:
+    rows = table("9. Events", "place")
+    assert [int(row["place"]) for row in rows] == list(range(len(Event._fields)))
+    assert {int(row["kind"]): row["name"] for row in table("9. Events", "kind")} == {
+        kind.value: kind.name.lower() for kind in EventKind
+    }
 
 
 def test_limits_of_grants() -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from coherency import protocol
 from coherency.errors import FrameError, MessageError, PeerError, ProtocolVersionError, UsageError
+from coherency.events import Event, EventKind
+from coherency.ids import HostInode
 from coherency.protocol import (
     CATALOGUE,
     HEADER,
@@ -28,7 +30,8 @@ from coherency.protocol import (
     decode_payload,
     encode,
 )
-from coherency.protocol_fields import MAX_ITEMS, Choice, Flag, Kind, Path, Report, Text, Unsigned
+from coherency.protocol_events import MAX_EVENTS_PER_MESSAGE, Happened
+from coherency.protocol_fields import MAX_ITEMS, Choice, Flag, Happenings, Kind, Path, Report, Text, Unsigned
 from coherency.protocol_stream import Decoder
 from coherency.rendezvous import check_share_name
 from tests.control_messages import REPORT, frame, messages, packed
@@ -155,6 +158,7 @@ def test_boundaries() -> None:
 # --- payloads that are no message ----------------------------------------------------------------------------------
 
 COUNTERS = [1, 2, 3, 4, 5]
+EVENT = [1, 7, False, 1, b"name", 0, b"", 0]
 NO_MESSAGES: dict[str, object] = {
     "nothing": [],
     "a map": {1: 2},
@@ -193,6 +197,18 @@ NO_MESSAGES: dict[str, object] = {
     "number as flag": [0x21, 1, "n", 1, "none", 0, 1, *COUNTERS, 0, 0, 0, 0, "socket"],
     "version as text": [0x20, "1"],
     "no version": [0x20],
+    "events as text": [0x41, 0, "x"],
+    "an event as a number": [0x41, 0, [1]],
+    "an event with a field less": [0x41, 0, [EVENT[:-1]]],
+    "an event of no kind": [0x41, 0, [[0, *EVENT[1:]]]],
+    "an event of an unknown kind": [0x41, 0, [[6, *EVENT[1:]]]],
+    "an event with a path for a name": [0x41, 0, [[*EVENT[:4], b"a/b", *EVENT[5:]]]],
+    "an event with a zero byte in its name": [0x41, 0, [[*EVENT[:4], b"a\0", *EVENT[5:]]]],
+    "an event with the name ..": [0x41, 0, [[*EVENT[:6], b"..", 0]]],
+    "an event with a long name": [0x41, 0, [[*EVENT[:4], b"n" * 256, *EVENT[5:]]]],
+    "an event with text for a name": [0x41, 0, [[*EVENT[:4], "name", *EVENT[5:]]]],
+    "an event with a negative inode": [0x41, 0, [[1, -1, *EVENT[2:]]]],
+    "an event with a number for a flag": [0x41, 0, [[1, 7, 0, *EVENT[3:]]]],
     "report as list": [0x22, [1]],
     "report with a missing key": [0x22, {"name": "x"}],
     "report with a list": [0x22, Report().dump(REPORT) | {"more": [1]}],
@@ -318,8 +334,13 @@ def test_what_no_peer_would_take_is_not_sent(message: Message) -> None:
         encode(message)
 
 
+NUMBER = HostInode(2**64 - 1)
+
+
 def test_no_legal_message_is_too_long_for_a_frame() -> None:
     most = {"name": "n" * 64, "share": "s" * 4095, "export": "e" * 4095}
+    longest = Event(EventKind.RENAMED, NUMBER, True, NUMBER, b"n" * 255, NUMBER, b"m" * 255, NUMBER)
+    assert len(encode(Happened(2**64 - 1, (longest,) * MAX_EVENTS_PER_MESSAGE))) < MAX_FRAME_BYTES
     report = {**REPORT, **most} | {f"{number:064}": "x" * 256 for number in range(MAX_ITEMS - len(REPORT))}
     assert len(encode(StatusReply(report))) < MAX_FRAME_BYTES
 
@@ -337,8 +358,9 @@ def test_an_empty_message_is_one_byte_in_an_array() -> None:
 
 
 def test_kinds_have_a_notation() -> None:
-    kinds: list[Kind] = [Unsigned(32), Flag(), Text(1, 2), Path(), Choice(("a", "b")), Report()]
-    assert [kind.notation for kind in kinds] == ["u32", "flag", "text 1..2", "path", "one of a, b", "report"]
+    kinds: list[Kind] = [Unsigned(32), Flag(), Text(1, 2), Path(), Choice(("a", "b")), Report(), Happenings(9)]
+    notations = ["u32", "flag", "text 1..2", "path", "one of a, b", "report", "events 0..9"]
+    assert [kind.notation for kind in kinds] == notations
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
