@@ -8,22 +8,28 @@ A look-up of the introduction of a guest that is here, in the root, tells which 
 it gets tells the guest that it was heard (``docs/spec/control.md``, section 8).
 
 If somebody watches what is changed past the export, he wants to know what was shown; see ``shown``.
+
+If somebody wants to know what happens in the share, it is told when a change has ended: the words are even, and all guests have
+forgotten what it made wrong. Nothing is told of a change that failed.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from types import TracebackType
 
-from coherency.daemon.changes import Change, Changes
+from coherency.daemon.changes import Changes
+from coherency.daemon.events import Events
+from coherency.daemon.happened import Thing, happened
 from coherency.daemon.origins import Origins
 from coherency.daemon.shown import Shown
-from coherency.fuse.abi import ROOT_ID
+from coherency.fuse.abi import ROOT_ID, Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.nodes import Node
 from coherency.fuse.passthrough import Passthrough
 from coherency.fuse.session import Deferred, Reply
-from coherency.fuse.tree import Leaving
+from coherency.fuse.tree import Change, Leaving
 from coherency.ids import HostInode
 from coherency.leases import introduced
 
@@ -42,18 +48,48 @@ class Export(Passthrough):
         descriptor_limit: int,
         origins: Origins | None = None,
         shown: Shown | None = None,
+        events: Events | None = None,
     ) -> None:
         """``share``: the open directory, owned by the export from now on. ``origins``: None if nobody introduces itself;
-        ``shown``: None if nobody watches.
+        ``shown``: None if nobody watches; ``events``: None if nobody is told.
         """
         super().__init__(share, descriptor_limit=descriptor_limit)
-        self._changes, self._origins, self._shown = changes, origins, shown
+        self._changes, self._origins, self._shown, self._events = changes, origins, shown, events
         if shown is not None:
             shown.mark(self.nodes.root.ino)
 
     def changing(self, request: Request, *inodes: HostInode, leaving: tuple[Leaving, ...] = ()) -> Change:
         led_to = tuple(name.ino for name in leaving if name.ino is not None) if leaving else ()
-        return self._changes.change(inodes, request, leaving=led_to)
+        change = self._changes.change(inodes, request, leaving=led_to)
+        if self._events is None or not self._events.wanted:
+            return change
+        return _Told(self, change, request, inodes, leaving)
+
+    def tell(
+        self, request: Request, inodes: tuple[HostInode, ...], leaving: tuple[Leaving, ...], made: list[HostInode]
+    ) -> None:
+        """The change is over, and has been made."""
+        if self._events is None:
+            return
+        if leaving:
+            things = tuple(Thing(each.ino or HostInode(0), each.is_directory) for each in leaving)
+        elif request.opcode == Opcode.LINK:
+            things = (Thing(inodes[1], is_directory=False),)
+        elif made:
+            things = (Thing(made[0], request.opcode == Opcode.MKDIR),)
+        else:
+            things = (self._thing(request),)
+        origin = None if self._origins is None else self._origins.session_of(request.pid)
+        self._events.tell(*happened(request, inodes, things), origin=origin)
+
+    def _thing(self, request: Request) -> Thing:
+        node = self.nodes.find(request.body.node_out if request.opcode == Opcode.COPY_FILE_RANGE else request.node)
+        if node is None:  # it cannot be: a request about it is under way
+            return Thing(HostInode(0), is_directory=False)
+        parent = node.parent
+        if parent is None or not node.name:
+            return Thing(node.ino, node.is_directory)
+        return Thing(node.ino, node.is_directory, parent.ino, node.name)
 
     def lookup(self, request: Request) -> Reply | Deferred:
         if request.node == ROOT_ID and self._origins is not None:
@@ -76,3 +112,31 @@ class Export(Passthrough):
     def made(self, fd: int) -> None:
         if self._shown is not None:
             self._shown.mark(self.nodes.inode_number(os.fstat(fd)))
+
+
+class _Told:
+    """A change that is told when it is over, if it was made."""
+
+    __slots__ = ("_change", "_export", "_inodes", "_leaving", "_made", "_request")
+
+    def __init__(
+        self, export: Export, change: Change, request: Request, inodes: tuple[HostInode, ...], leaving: tuple[Leaving, ...]
+    ) -> None:
+        self._export, self._change, self._request = export, change, request
+        self._inodes, self._leaving = inodes, leaving
+        self._made: list[HostInode] = []
+
+    def __enter__(self) -> Change:
+        self._change.__enter__()
+        return self
+
+    def touch(self, ino: HostInode) -> None:
+        self._change.touch(ino)
+        self._made.append(ino)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._change.__exit__(kind, error, trace)
+        if kind is None:
+            self._export.tell(self._request, self._inodes, self._leaving, self._made)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from coherency.daemon.changes import Changes
+from coherency.daemon.events import Events
 from coherency.daemon.export import Export
 from coherency.daemon.holds import Hold
 from coherency.daemon.journal import SessionJournal
@@ -137,11 +138,17 @@ class Service:
             if watched is not None:
                 undo.callback(watched.close)
             shown = None if watched is None else Shown()
-            export = Export(share, self.changes, descriptor_limit=descriptor_budget(), origins=origins, shown=shown)
+            events = Events(self.server)
+            export = Export(
+                share, self.changes, descriptor_limit=descriptor_budget(), origins=origins, shown=shown, events=events
+            )
             self.export = export
             until_owned.pop_all()
         if watched is not None and shown is not None:
-            self.watcher = Watcher(watched, self.changes, shown=shown, number_on=export.nodes.number_on)
+            self.watcher = Watcher(
+                watched, self.changes, shown=shown, number_on=export.nodes.number_on,
+                tell=lambda happened: events.tell(*happened), wanted=lambda: events.wanted,
+            )  # fmt: skip
             undo.callback(self.watcher.close)
         try:
             self.session = Session.mount(
@@ -269,6 +276,7 @@ class Service:
         """The daemon's part of ``coherency status``. Under the control lock."""
         now_ns = time.monotonic_ns()
         table, session, nodes = self.table.statistics(), self.session.statistics(), self.export.nodes.statistics()
+        events = self.server.subscribers.statistics()
         ledger, recalls, hold = self.leasing.statistics(), self.recalls.statistics(), self.hold.statistics(now_ns)
         return {
             "name": self.options.name,
@@ -299,8 +307,10 @@ class Service:
             "longest_wait_ns": recalls.longest_wait_ns,
             "held_ns": hold.left_ns,
             "held_for_guests": hold.guests,
+            "subscribers": events.subscribers,
+            "events": events.told,
+            "events_lost": events.lost,
         }
-
 
     def _watching(self) -> dict[str, ReportValue]:
         if self.watcher is None:

@@ -22,7 +22,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence, Iterator
 from typing import Final, NamedTuple
 
 from coherency.daemon.changes import Changes
@@ -94,7 +94,7 @@ class Watcher:
         *,
         shown: Shown,
         number_on: Callable[[int, int], HostInode],
-        tell: Callable[[Event], None] | None = None,
+        tell: Callable[[Sequence[Event]], None] | None = None,
         wanted: Callable[[], bool] = lambda: True,
         reach: Callable[[str], None] = _pass,
     ) -> None:
@@ -178,9 +178,8 @@ class Watcher:
             self._changes.made_anywhere()
         elif batch.inodes:
             self._changes.made_elsewhere(batch.inodes, batch.leaving)
-        if self._tell is not None:
-            for told in batch.events:
-                self._tell(told)
+        if self._tell is not None and batch.events:
+            self._tell(batch.events)
         return self._events > before
 
     def _sort(self, event: HostEvent, batch: _Batch, telling: bool) -> None:

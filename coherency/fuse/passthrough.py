@@ -122,7 +122,7 @@ class Passthrough(FileOperations):
             if self.tracks_changes:
                 ino = self.nodes.inode_number(os.stat(name, dir_fd=at, follow_symlinks=False))
                 touched.append(ino)
-            with self.changing(request, *touched, leaving=(Leaving(parent, name, ino),)):
+            with self.changing(request, *touched, leaving=(Leaving(parent, name, ino, request.opcode == Opcode.RMDIR),)):
                 remove(name, at)
         return ()
 
@@ -132,11 +132,11 @@ class Passthrough(FileOperations):
         with self.nodes.open(parent) as at, self.nodes.open(new_parent) as new_at:
             moved = os.stat(body.name, dir_fd=at, follow_symlinks=False)
             touched = [parent.ino, new_parent.ino, self.nodes.inode_number(moved)]
-            leaving = [Leaving(parent, body.name, touched[-1])]
+            leaving = [Leaving(parent, body.name, touched[-1], stat.S_ISDIR(moved.st_mode))]
             try:
                 replaced = os.stat(body.new_name, dir_fd=new_at, follow_symlinks=False)
                 touched.append(self.nodes.inode_number(replaced))
-                leaving.append(Leaving(new_parent, body.new_name, touched[-1]))
+                leaving.append(Leaving(new_parent, body.new_name, touched[-1], stat.S_ISDIR(replaced.st_mode)))
             except FileNotFoundError:
                 replaced = None
             with self.changing(request, *touched, leaving=tuple(leaving)) as change:

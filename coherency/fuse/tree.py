@@ -36,6 +36,7 @@ class Leaving(NamedTuple):
     parent: Node
     name: bytes
     ino: HostInode | None
+    is_directory: bool = False
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,8 @@ class Desk:
         self.announced.append(keys)
         self.said.append("recalled")
 
-    def tell(self, told: Event) -> None:
-        self.told.append(told)
+    def tell(self, told: Sequence[Event]) -> None:
+        self.told += told
         self.said.append("told")
 
     def hear(self, *events: bytes) -> list[Event]:
