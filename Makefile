@@ -12,7 +12,7 @@ ARGS ?=
 MODEL_PROGRAMS := spin=spin gcc=gcc libc6-dev=/usr/include/stdio.h
 
 # Programs that the tests run on a guest's mount, and files that they read.
-TEST_PROGRAMS := acl=setfacl attr=getfattr btrfs-progs=mkfs.btrfs e2fsprogs=mkfs.ext4 git=git linux-libc-dev=/usr/include/linux/fuse.h rsync=rsync sqlite3=sqlite3 xfsprogs=mkfs.xfs $(MODEL_PROGRAMS)
+TEST_PROGRAMS := acl=setfacl attr=getfattr btrfs-progs=mkfs.btrfs e2fsprogs=mkfs.ext4 git=git inotify-tools=inotifywait linux-libc-dev=/usr/include/linux/fuse.h rsync=rsync sqlite3=sqlite3 xfsprogs=mkfs.xfs $(MODEL_PROGRAMS)
 
 # What the user's shell sets for other programs must not reach into .venv, nor keep Python from caching bytecode there.
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE

@@ -191,6 +191,10 @@ def serve(
     type=click.Choice(DANGERS_OF_MOUNT),
     help="Take back wrongly what the kernel was allowed: this guest WILL be stale. For demonstrations.",
 )
+@click.option(
+    "--events/--no-events", default=False, show_default=True,
+    help="Show programs that watch files (inotify) what other guests and the host do (access, prompt, strict only).",
+)  # fmt: skip
 @click.option("--guest", help="What the daemon calls this guest. [default: host name and process id]")
 @click.option(
     "--lower",
@@ -215,8 +219,8 @@ def serve(
 @_verbose
 def mount(
     name: str, mountpoint: Path, cache: str, timeout: float | None, writeback: bool, entries: int,
-    live_dangerously: str | None, guest: str | None, lower: Path | None, control: str, table: str, runtime_dir: Path,
-    verbose: bool,
+    live_dangerously: str | None, events: bool, guest: str | None, lower: Path | None, control: str, table: str,
+    runtime_dir: Path, verbose: bool,
 ) -> None:  # fmt: skip
     """Mount the share NAME on MOUNTPOINT as a guest of its own, until SIGTERM or Ctrl-C.
 
@@ -232,7 +236,8 @@ def mount(
         guest_mount = GuestMount(
             MountOptions(
                 name, mountpoint.absolute(), runtime_dir.absolute(), cache, timeout_ns, writeback, guest, entries,
-                danger=live_dangerously or "", lower=lower and lower.absolute(), link=link_of(name, control, table, lower),
+                danger=live_dangerously or "", events=events, lower=lower and lower.absolute(),
+                link=link_of(name, control, table, lower),
             )
         )  # fmt: skip
         _run(guest_mount, f"mounted '{name}' on {mountpoint} ({cache})", guest_mount.close, threading.Event())

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from coherency.fuse.codec import Request
 from coherency.fuse.session import Deferred, Reply, Session
+from coherency.guest_agent.echoes import Echoes
 from coherency.guest_agent.granting import GrantingFileSystem
 from coherency.guest_agent.grants import Grants
 from coherency.guest_agent.mount import GuestMount, MountOptions
@@ -70,10 +71,14 @@ class HeldKernel:
 class GrantingGuest:
     """A context manager: mounted inside, as ``path``."""
 
-    def __init__(self, host: Host, name: str = "here", mode: str = "strict", *, danger: str = "") -> None:
+    def __init__(
+        self, host: Host, name: str = "here", mode: str = "strict", *, danger: str = "", events: bool = False
+    ) -> None:
         self.path = host.directory / name
         self.path.mkdir()
-        self._mount = GuestMount(MountOptions(host.name, self.path, host.runtime_dir, mode, guest_name=name, danger=danger))
+        self._mount = GuestMount(
+            MountOptions(host.name, self.path, host.runtime_dir, mode, guest_name=name, danger=danger, events=events)
+        )
         self.gate = Gate()
 
     def __enter__(self) -> Self:
@@ -89,6 +94,8 @@ class GrantingGuest:
     def __exit__(self, *exc: object) -> None:
         self.gate.open()
         self._mount.close()
+        if self._mount.echoes is not None:
+            self._mount.echoes.check()
         self.grants.check()
         self.session.check()
 
@@ -104,6 +111,12 @@ class GrantingGuest:
     def recalls(self) -> Recalls:
         assert self.fs._recalls is not None
         return self.fs._recalls
+
+    @property
+    def echoes(self) -> Echoes:
+        """Of one that wants events."""
+        assert self._mount.echoes is not None
+        return self._mount.echoes
 
     @property
     def requests(self) -> int:

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import select
 import threading
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -39,6 +40,30 @@ def mounts() -> list[Mount]:
             kind, device = os.fsdecode(after.split(b" ")[0]), int(fields[2].split(b":")[1])
             found.append(Mount(path, kind, device, int(fields[0])))
     return found
+
+
+class MountList:
+    """Paths of mounts that lie below a directory; read again only when something was mounted or unmounted."""
+
+    def __init__(self, directory: bytes) -> None:
+        self._prefix = directory.rstrip(b"/") + b"/"
+        self._fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._changes = select.poll()
+        self._changes.register(self._fd, select.POLLPRI)
+        self._paths = self._read()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def is_in_use(self, path: bytes) -> bool:
+        """Whether something is mounted on ``path``, given from the directory on, or below it."""
+        if self._changes.poll(0):
+            self._paths = self._read()
+        return any(mounted == path or mounted.startswith(path + b"/") for mounted in self._paths)
+
+    def _read(self) -> list[bytes]:
+        cut = len(self._prefix)
+        return [mount.path[cut:] for mount in mounts() if mount.path.startswith(self._prefix)]
 
 
 def place_of(path: Path) -> Path:

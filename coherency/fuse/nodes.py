@@ -139,6 +139,10 @@ class NodeStore:
         """Like :meth:`get`, for who has another way."""
         return self._nodes.get(node_id)
 
+    def known(self, ino: HostInode) -> Node | None:
+        """The node that the kernel has of an inode on the root's file system, the latest if there are several."""
+        return self._by_key.get((self.root_device, ino))
+
     def inode_number(self, status: os.stat_result) -> HostInode:
         """The number under which guests see an inode.
 

@@ -54,6 +54,7 @@ from coherency.protocol import (
     Welcome,
     encode,
 )
+from coherency.protocol_events import Happened
 from coherency.shm_table import HEARTBEAT_PERIOD_NS, TableReader
 
 __all__ = [
@@ -191,7 +192,7 @@ class Client:
         * `on_lost` when the connection has ended by anything but `close`: the reader is withdrawn already;
         * `on_connected` with the new reader when, with `reconnect`, there is another connection (not for the first);
         * the methods of `grantor`: `joined` after that, and for the first connection before this method returns; `handle` for
-          the messages about grants; `tend` several times per second; `lost` when the reader is withdrawn; then `is_clean`
+          the messages about grants and events; `tend` several times per second; `lost` when the reader is withdrawn; then `is_clean`
           until it is, before the next Hello.
 
         The first of them may come before this method returns.  They must not wait for threads that wait for the client,
@@ -414,7 +415,7 @@ class Client:
 
     def _handle(self, channel: Channel, message: Message) -> str | None:
         """Act on a message.  Returns why the connection is of no use any more, if it is not."""
-        if isinstance(message, Confirm | Recall | Renewed | Evicted):
+        if isinstance(message, Confirm | Recall | Renewed | Evicted | Happened):
             return self._grantor.handle(message)
         if isinstance(message, StatisticsRequest):
             return self._tell_counters(channel, message.serial)

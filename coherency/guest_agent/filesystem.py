@@ -8,9 +8,11 @@ of its directory, and the child's own word for the child's attributes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
 from coherency.fuse import abi, codec, replies, syscalls
@@ -22,7 +24,7 @@ from coherency.fuse.session import Deferred, Operation, QuickOperation, Reply
 from coherency.fuse.tree import OpenFile
 from coherency.guest_agent.cache import UserCache
 from coherency.guest_agent.pages import Pages
-from coherency.ids import HostInode
+from coherency.ids import HostInode, NodeId
 from coherency.shm_table import Stamp
 
 _O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -112,6 +114,15 @@ class CachingFileSystem(Passthrough):
 
     def about_to_fetch(self, *inodes: HostInode) -> None:
         """The attributes of these inodes are fetched next, or may be soon: they have just been listed."""
+
+    def unassured(
+        self, names: Sequence[tuple[NodeId, bytes]], given_up: Callable[[], bool]
+    ) -> AbstractContextManager[None]:
+        """Inside, the kernel asks for each of these names, given with its directory's node, before it uses it.
+
+        `InterruptedError` once ``given_up()``, if that cannot be brought about.
+        """
+        return contextlib.nullcontext()
 
     @staticmethod
     def holds_name(cache: UserCache, parent: Node, name: bytes, node: Node) -> bool:
@@ -215,6 +226,24 @@ class CachingFileSystem(Passthrough):
         attr = super().attributes(node, fd)
         cache.put((_ATTRIBUTES, node.ino), attr, stamp)
         return attr
+
+    def attributes_now(self, node: Node) -> bytes:
+        """What its ``struct fuse_attr`` is now, for others than the kernel."""
+        attr: bytes | None = self.cache.peek((_ATTRIBUTES, node.ino))
+        if attr is None:
+            with self.nodes.open(node) as fd:
+                attr = self.attributes(node, fd)
+        return attr
+
+    def find_name(self, parent: Node, name: bytes) -> Node:
+        """The node that a name is now, with one more look-up to give back, for others than the kernel."""
+        node: Node | None = self.cache.peek((_NAME, parent.ino, name))
+        if node is _ABSENT:
+            raise FileNotFoundError(errno.ENOENT, "known not to exist")
+        if node is not None and self.nodes.remember(node):
+            return node
+        with self.nodes.open(parent) as at:
+            return self.look_up(parent, at, name)[0]
 
     def getattr(self, request: Request) -> Reply | Deferred:
         body: codec.Getattr = request.body

@@ -17,8 +17,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
@@ -167,6 +168,22 @@ class GrantingFileSystem(CachingFileSystem):
                 self.grants.forget(node.id, self.cache.reader.slot_of(node.ino))
         return reply
 
+    # ---- echoes ----
+
+    @contextlib.contextmanager
+    def unassured(self, names: Sequence[tuple[NodeId, bytes]], given_up: Callable[[], bool]) -> Iterator[None]:
+        self.grants.withhold(names)
+        try:
+            slots = {slot for name in names if (slot := self.grants.slot_of_name(*name)) is not None}
+            if slots:
+                recalls = self._recalls
+                if recalls is None:
+                    raise InterruptedError(errno.EINTR, "nothing is taken back any more")
+                recalls.take_back((), slots, given_up)
+            yield
+        finally:
+            self.grants.allow(names)
+
     # ---- changes ----
 
     def changing(self, request: Request, *inodes: HostInode, leaving: tuple[Leaving, ...] = ()) -> Change:
@@ -176,7 +193,7 @@ class GrantingFileSystem(CachingFileSystem):
         slot_of = self.cache.reader.slot_of
         slots = {slot_of(ino) for ino in inodes}
         gone = set()
-        for parent, name, ino in leaving:
+        for parent, name, ino, _ in leaving:
             slot = slot_of(ino) if ino is not None else self.grants.slot_of_name(parent.id, name)
             if slot is not None:  # else the kernel has not got the name
                 gone.add(slot)

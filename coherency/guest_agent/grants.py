@@ -11,7 +11,7 @@ kernel may keep, or names that lead to a node.
 3. What a key is revoked for is written down until the kernel is known to have nothing of it (``dropped``): who revokes it again
    meanwhile finds it, too, and does not believe that it is gone. What was granted anew meanwhile stays.
 4. While the guest changes something itself, nothing of its slots is registered, and so nothing granted. A name that is held
-   off is not granted for a while, whatever it leads to.
+   off is not granted for a while, one that is withheld not until it is allowed again, whatever it leads to.
 5. Register and Release are sent under the lock: the daemon reads them in the order in which they were written down.
 6. At most ``max_keys`` keys are in the books, and ``MAX_UNCONFIRMED`` Registers under way; beyond that nothing is granted. A key
    that was not used for so long that no grant of it can be left is swept out, and released. A thing whose node the
@@ -115,6 +115,7 @@ class Grants:
         self._unreleased: set[GrantKey] = set()
         self._changing: dict[SlotIndex, int] = {}
         self._held_off: dict[tuple[NodeId, bytes], int] = {}  # until when
+        self._withheld: dict[tuple[NodeId, bytes], int] = {}  # how often
         self._taken_back: dict[tuple[NodeId, bytes], _TakenBack] = {}  # see ``may_be_moved``
         self._granted_attributes = self._granted_names = 0
 
@@ -204,7 +205,7 @@ class Grants:
 
     def grant_name(self, slot: SlotIndex, name: GrantedName, epoch: Epoch) -> int:
         """The same for a name that leads to an inode of ``slot``."""
-        if name[:2] in self._held_off and self._is_held_off(name[:2], self._clock_ns()):
+        if name[:2] in self._withheld or (name[:2] in self._held_off and self._is_held_off(name[:2], self._clock_ns())):
             return 0
         key = names_key(slot)
         left_ns = self._grant(key, name, epoch)
@@ -330,6 +331,20 @@ class Grants:
         del self._held_off[name]
         return False
 
+    def withhold(self, names: Iterable[tuple[NodeId, bytes]]) -> None:
+        """These names are not granted until each has been allowed as often as it was withheld."""
+        with self.lock:
+            for name in names:
+                self._withheld[name] = self._withheld.get(name, 0) + 1
+
+    def allow(self, names: Iterable[tuple[NodeId, bytes]]) -> None:
+        """See ``withhold``."""
+        with self.lock:
+            for name in names:
+                self._withheld[name] -= 1
+                if not self._withheld[name]:
+                    del self._withheld[name]
+
     def slot_of_name(self, parent: NodeId, name: bytes) -> SlotIndex | None:
         """The slot of what the kernel may have under a name, if it may have the name."""
         key = self._names.get((parent, name))
@@ -408,7 +423,7 @@ class Grants:
         with self.lock:
             assert len(self._keys) <= self._max_keys, "too many keys"
             assert len(self._asked) <= MAX_UNCONFIRMED, "too many Registers under way"
-            assert all(count > 0 for count in self._changing.values()), self._changing
+            assert all(count > 0 for count in [*self._changing.values(), *self._withheld.values()]), self._changing
             for key, entry in self._keys.items():
                 assert entry.things or entry.serial, f"nothing is written down of key {key}"
                 assert entry.serial <= self._serial, "a serial that was never used"

@@ -112,8 +112,8 @@ class Helper:
 
     def _ask(self, number: int, parent: int, name: bytes) -> int:
         try:
-            self._enter()
-            directory = _open_node(parent)
+            enter(self._mountpoint, self._connection)
+            directory = open_node(parent)
             if directory < 0:
                 return 0
             try:
@@ -124,25 +124,6 @@ class Helper:
                 os.close(directory)
         finally:
             os.chdir(b"/")
-
-    def _enter(self) -> None:
-        """Go to where the file system is mounted, which the kernel wants to know of who opens by handle."""
-        try:
-            os.chdir(self._mountpoint)
-            if syscalls.cached_device(syscalls.AT_FDCWD) == self._connection:
-                return
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                raise
-        from coherency.fuse.mounts import mounts  # seldom needed
-
-        for mount in mounts():  # covered, or moved; perhaps it can be seen elsewhere
-            if mount.device != self._connection:
-                continue
-            os.chdir(mount.path)
-            if syscalls.cached_device(syscalls.AT_FDCWD) == self._connection:
-                return
-        raise OSError(errno.ENOTCONN, "the mount cannot be reached")
 
     def _stat(self, directory: int, name: bytes) -> int:
         try:
@@ -160,7 +141,27 @@ class Helper:
         return errno.EEXIST
 
 
-def _open_node(node: int) -> int:
+def enter(mountpoint: bytes, connection: int) -> None:
+    """Go to where the file system is mounted, which the kernel wants to know of who opens by handle."""
+    try:
+        os.chdir(mountpoint)
+        if syscalls.cached_device(syscalls.AT_FDCWD) == connection:
+            return
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise
+    from coherency.fuse.mounts import mounts  # seldom needed
+
+    for mount in mounts():  # covered, or moved; perhaps it can be seen elsewhere
+        if mount.device != connection:
+            continue
+        os.chdir(mount.path)
+        if syscalls.cached_device(syscalls.AT_FDCWD) == connection:
+            return
+    raise OSError(errno.ENOTCONN, "the mount cannot be reached")
+
+
+def open_node(node: int) -> int:
     """A descriptor of what the kernel has as ``node`` of the working directory's file system; -1: it has none, hence nothing below."""
     try:
         return syscalls.open_by_handle(syscalls.AT_FDCWD, file_handle_of(node), os.O_PATH)

@@ -25,11 +25,15 @@ from coherency.fuse.session import Session
 from coherency.fuse.tree import KernelCache
 from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
 from coherency.guest_agent.client import Client
+from coherency.guest_agent.echoes import Echoes
+from coherency.guest_agent.echoing import Echoing
 from coherency.guest_agent.filesystem import MOST_LOCK_WAITS, CachingFileSystem
 from coherency.guest_agent.granting import GrantingFileSystem
+from coherency.guest_agent.grantor import NoGrants
 from coherency.guest_agent.grants import Grants
 from coherency.guest_agent.helper_pool import HelperPool
 from coherency.guest_agent.links import Link
+from coherency.guest_agent.listener import Listener
 from coherency.guest_agent.lower import introduce, is_same_mount, open_export, open_given, same_tree
 from coherency.guest_agent.pages import Pages
 from coherency.guest_agent.recalls import Recalls
@@ -67,6 +71,7 @@ class MountOptions:
     """Where the export can be seen, if not at its mount point: in a virtual machine, what virtiofs has mounted."""
     link: Link | None = None
     """The way to the daemon, if it is not its socket."""
+    events: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -79,6 +84,11 @@ class MountOptions:
             )
         if self.danger and self.mode not in GRANTING_MODES:
             raise UsageError(f"--live-dangerously belongs to --cache {' and '.join(GRANTING_MODES)}, not to {self.mode}")
+        if self.events and self.mode not in COHERENT_MODES:
+            raise UsageError(
+                f"--events belongs to --cache {', '.join(COHERENT_MODES)}, not to {self.mode}: "
+                "who is told of a change would look, and see what was before"
+            )
         name = self.guest_name or ""
         if not name.isprintable() or len(name.encode()) > SHORT_TEXT_BYTES:
             raise UsageError(f"--guest is one line of up to {SHORT_TEXT_BYTES} bytes, not {name!r}")
@@ -131,6 +141,7 @@ class GuestMount:
         self._undo = contextlib.ExitStack()
         self._connecting = threading.Lock()  # the daemon may be restarted while the mount is being made
         self._sharer = Sharer(Grants()) if options.mode in GRANTING_MODES else None
+        self.echoes = Echoes() if options.events else None
         self._mountpoint = place_of(options.mountpoint)
 
     def start(self) -> None:
@@ -144,6 +155,8 @@ class GuestMount:
         if not mountpoint.is_dir():
             raise MountError(f"{mountpoint} is not a directory: a mount point must exist (mkdir {mountpoint})")
         with contextlib.ExitStack() as undo:
+            if self.echoes is not None:
+                undo.callback(self.echoes.bury)
             self.client = Client.connect(
                 options.runtime_root,
                 options.name,
@@ -152,7 +165,7 @@ class GuestMount:
                 statistics=self.statistics,
                 reconnect=True,
                 on_connected=self._on_connected,
-                grantor=self._sharer,
+                grantor=Listener(self._sharer or NoGrants(), self.echoes.hear) if self.echoes else self._sharer,
                 link=options.link,
             )
             undo.callback(self.client.close)
@@ -161,8 +174,9 @@ class GuestMount:
                 file_system = self._file_system = self._make_file_system(lower)
                 try:
                     session = self._session = Session.mount(
-                        str(mountpoint), file_system, source=f"coherency:{options.name}", name="mount", max_threads=_MAX_THREADS
-                    )
+                        str(mountpoint), Echoing(file_system, self.echoes) if self.echoes else file_system,
+                        source=f"coherency:{options.name}", name="mount", max_threads=_MAX_THREADS,
+                    )  # fmt: skip
                 except BaseException:
                     file_system.close()
                     raise
@@ -171,6 +185,9 @@ class GuestMount:
             session.start()
             if self._sharer is not None and isinstance(file_system, GrantingFileSystem):
                 self._begin_granting(self._sharer, file_system, session, undo)
+            if self.echoes is not None and isinstance(file_system, CachingFileSystem):
+                undo.callback(self.echoes.close)
+                self.echoes.start(file_system, session, str(mountpoint))
             self._undo = undo.pop_all()
 
     def _begin_granting(

@@ -258,6 +258,18 @@ def test_while_the_guest_changes_it_nothing_of_a_slot_is_registered(desk: Desk) 
     assert desk.register(*BOTH) > 0
 
 
+def test_a_name_that_is_withheld_is_not_granted_until_it_is_allowed_as_often(desk: Desk) -> None:
+    desk.register(names_key(SLOT))
+    desk.grants.withhold([NAME[:2]])
+    desk.grants.withhold([NAME[:2]])
+    desk.grants.allow([NAME[:2]])
+    assert desk.name() == 0
+    assert desk.name(NAME._replace(name=b"another")) > 0
+    desk.grants.check()
+    desk.grants.allow([NAME[:2]])
+    assert desk.name() > 0
+
+
 def test_a_name_that_is_held_off_is_not_granted_whatever_it_leads_to(desk: Desk) -> None:
     desk.register(*BOTH, names_key(OTHER))
     desk.grants.hold_off([NAME[:2]], 100)

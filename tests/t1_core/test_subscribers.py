@@ -6,8 +6,9 @@ from coherency.daemon.peer_states import PeerId
 from coherency.daemon.subscribers import Subscribers
 from coherency.events import Event, EventKind
 from coherency.ids import HostInode
-from coherency.protocol import Decoder, Message
+from coherency.protocol import Message
 from coherency.protocol_events import MAX_EVENTS_PER_MESSAGE, Happened, Subscribe
+from coherency.protocol_stream import Decoder
 from tests.switchboards import FIRST_SESSION, OWNER, STRANGER, Bench
 
 ONE, TWO = PeerId(1), PeerId(2)

@@ -100,6 +100,9 @@ IMPOSSIBLE = {
     "writeback with access": (
         ["mount", "n", "point", "--cache", "access", "--writeback"], "--writeback and --cache access exclude each other",
     ),
+    "events with auto": (
+        ["mount", "n", "point", "--cache", "auto", "--events"], "--events belongs to --cache access, prompt, strict, not to auto",
+    ),
     "writeback with what is usual": (["mount", "n", "point", "--writeback"], "--writeback and --cache strict exclude each other"),
     "danger without grants": (
         ["mount", "n", "point", "--cache", "access", "--live-dangerously", "ack-first"],
