@@ -2,7 +2,7 @@
 
 The kernel tells watchers of system calls of its own mount, and of nothing else. So a process of the agent's makes the same call in
 the mount, when the caches are right; its requests are answered here, by ``echo_jobs``, and change nothing anywhere.
-`docs/decisions/0007-events-by-echo.md` says why, and `docs/concurrency.md` what may happen meanwhile.
+`docs/decisions/0008-events-by-echo.md` says why, and `docs/concurrency.md` what may happen meanwhile.
 
 Rules:
 
