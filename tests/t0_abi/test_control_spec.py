@@ -188,9 +188,9 @@ def test_limits(heading: str, defaults: Limits | Patience) -> None:
 
 
 def test_events() -> None:
-    rows = table("9. Events", "place")
+    rows = table("10. Events", "place")
     assert [int(row["place"]) for row in rows] == list(range(len(Event._fields)))
-    assert {int(row["kind"]): row["name"] for row in table("9. Events", "kind")} == {
+    assert {int(row["kind"]): row["name"] for row in table("10. Events", "kind")} == {
         kind.value: kind.name.lower() for kind in EventKind
     }
 
