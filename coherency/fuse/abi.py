@@ -109,6 +109,7 @@ class SetattrValid:
     KILL_SUIDGID: Final = 1 << 11
 
 
+FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_CACHE_DIR: Final = 1 << 3
 GETATTR_FH: Final = 1 << 0

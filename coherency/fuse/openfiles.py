@@ -3,6 +3,8 @@
 1. CREATE never opens what exists: the permission to open it has not been checked. ESTALE makes the kernel look again.
 2. Only regular files and directories are ever opened; what a device or a FIFO does is up to the kernel of the caller.
 3. A change is ended whatever happens: also when the system call fails, and when only a part of it succeeded.
+4. What is only appended to does not go through the page cache of the caller's kernel, which would make two requests of a write
+   that crosses the border of a page, and let somebody else's come in between. Such a file cannot be mapped anyway.
 """
 
 from __future__ import annotations
@@ -53,7 +55,13 @@ class FileOperations(Tree):
                     fd = os.open(syscalls.proc_path(at), flags)
             else:
                 fd = os.open(syscalls.proc_path(at), flags)
-        return (replies.encode_open(self.add_file(OpenFile(fd, flags, node)), self.open_flags(node)),)
+        return (self._opened(fd, flags, node),)
+
+    def _opened(self, fd: int, flags: int, node: Node) -> bytes:
+        how = self.open_flags(node)
+        if flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY | os.O_APPEND:
+            how |= abi.FOPEN_DIRECT_IO  # rule 4
+        return replies.encode_open(self.add_file(OpenFile(fd, flags, node)), how)
 
     def create(self, request: Request) -> Reply:
         body: codec.Create = request.body
@@ -91,7 +99,7 @@ class FileOperations(Tree):
             os.close(fd)
             raise
         entry = self.entry(node, replies.encode_attr(status, node.ino))
-        return entry, replies.encode_open(self.add_file(OpenFile(fd, flags, node)), self.open_flags(node))
+        return entry, self._opened(fd, flags, node)
 
     def read(self, request: Request) -> Reply:
         body: codec.Read = request.body

@@ -54,3 +54,16 @@ def test_users_who_come_at_once_are_not_mixed_up(plain_mount: Served) -> None:
         for path in (shared / name, shared / name / "f"):
             status = os.stat(path)
             assert (status.st_uid, status.st_gid) == (uid, uid + 100)
+
+
+@pytest.mark.parametrize(("access", "is_one"), [(os.O_WRONLY, True), (os.O_RDWR, False)])
+def test_what_is_appended_is_one_request(plain_mount: Served, access: int, is_one: bool) -> None:
+    """Also across the border of a page, so that nobody's comes in between; unless it may be mapped, too, which is the control."""
+    path = plain_mount.mountpoint / f"appended to {access}"
+    path.write_bytes(b"x" * 4000)
+    fd = os.open(path, access | os.O_APPEND)
+    before = plain_mount.statistic("requests")
+    os.write(fd, b"y" * 200)
+    assert (plain_mount.statistic("requests") - before == 1) is is_one
+    os.close(fd)
+    assert path.read_bytes() == b"x" * 4000 + b"y" * 200
