@@ -28,6 +28,7 @@ _RENAME_EXCHANGE: Final = 1 << 1
 _RENAME_WHITEOUT: Final = 1 << 2
 _OMIT: Final = (0, syscalls.UTIME_OMIT)
 _NOW: Final = (0, syscalls.UTIME_NOW)
+_TRUSTED: Final = b"trusted."
 _ACL_ACCESS: Final = b"system.posix_acl_access"
 
 
@@ -235,9 +236,11 @@ class Passthrough(FileOperations):
             return sized(os.getxattr(syscalls.proc_path(fd), body.name), body.size)
 
     def listxattr(self, request: Request) -> Reply:
+        self.credentials.become(request.uid, request.gid)  # a server below decides by the uid, too
         with self.nodes.open(self.nodes.get(request.node)) as fd:
             names = os.listxattr(syscalls.proc_path(fd))
-        return sized(b"".join(os.fsencode(name) + b"\0" for name in names), request.body.size)
+        listed = b"".join(os.fsencode(name) + b"\0" for name in names)
+        return sized(visible(listed, request.uid), request.body.size)
 
     def statfs(self, request: Request) -> Reply:
         with self.nodes.open(self.nodes.get(request.node)) as fd:
@@ -254,6 +257,13 @@ class Passthrough(FileOperations):
 _METHODS: Final[dict[int, str]] = {
     int(opcode): opcode.name.lower() for opcode in Opcode if opcode not in (Opcode.INIT, Opcode.INTERRUPT)
 } | {int(Opcode.BATCH_FORGET): "forget", int(Opcode.RENAME2): "rename"}
+
+
+def visible(names: bytes, uid: int) -> bytes:
+    """Those names of a LISTXATTR reply that are for everybody: ``trusted.`` is for CAP_SYS_ADMIN, which we know of root only."""
+    if uid == 0 or _TRUSTED not in names:
+        return names
+    return b"".join(name + b"\0" for name in names.split(b"\0")[:-1] if not name.startswith(_TRUSTED))
 
 
 def sized(value: bytes, size: int) -> Reply:

@@ -19,7 +19,7 @@ from coherency.fuse import abi, codec, replies, syscalls
 from coherency.fuse.abi import Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.nodes import Node
-from coherency.fuse.passthrough import Passthrough, sized
+from coherency.fuse.passthrough import Passthrough, sized, visible
 from coherency.fuse.session import Deferred, Operation, QuickOperation, Reply
 from coherency.fuse.tree import OpenFile
 from coherency.guest_agent.cache import UserCache
@@ -284,7 +284,7 @@ class CachingFileSystem(Passthrough):
     def getxattr(self, request: Request) -> Reply:
         body: codec.Getxattr = request.body
         fetch = self._fetch_acl if body.name in ACLS else super().getxattr
-        return self._xattr((_XATTR, self.nodes.get(request.node).ino, body.name), fetch, request)
+        return sized(self._xattr((_XATTR, self.nodes.get(request.node).ino, body.name), fetch, request), body.size)
 
     def _fetch_acl(self, request: Request) -> Reply:
         # The kernel keeps ACLs of the lower mount, and drops an old one only after the reply to who changed it, or when
@@ -294,18 +294,17 @@ class CachingFileSystem(Passthrough):
         return super().getxattr(request)
 
     def listxattr(self, request: Request) -> Reply:
-        return self._xattr((_XATTRS, self.nodes.get(request.node).ino), super().listxattr, request)
+        names = self._xattr((_XATTRS, self.nodes.get(request.node).ino), super().listxattr, request)
+        return sized(visible(names, request.uid), request.body.size)
 
-    def _xattr(self, key: tuple[Any, ...], fetch: Any, request: Request) -> Reply:
-        cache, size = self.cache, request.body.size
+    def _xattr(self, key: tuple[Any, ...], fetch: Any, request: Request) -> bytes:
+        cache = self.cache
         value: Any = cache.get(key)
         if value is None:
             stamp = cache.sample(key[1])
-            # Asked with the greatest size, so that the answer serves those who only ask how big it is, too.
-            whole = Request(
-                request.unique, request.opcode, request.node, request.uid, request.gid, request.pid,
-                codec.Getxattr(request.body.name, _XATTR_SIZE_MAX),
-            )  # fmt: skip
+            # With the greatest size, so that the answer serves those who only ask how big it is, too; as root, who sees all names.
+            everything = codec.Getxattr(request.body.name, _XATTR_SIZE_MAX)
+            whole = Request(request.unique, request.opcode, request.node, 0, 0, request.pid, everything)
             try:
                 value = fetch(whole)[0]
             except OSError as error:
@@ -317,7 +316,7 @@ class CachingFileSystem(Passthrough):
             self.answered_here += 1
         if value is _ABSENT:
             raise OSError(errno.ENODATA, "known not to be set")
-        return sized(value, size)
+        return bytes(value)
 
     # ---- directories ----
 
