@@ -4,6 +4,9 @@ The bump matrix (``docs/spec/bump-matrix.md``) is the sum of what :class:`~coher
 into ``changing``. The kernel gets no cache time: a reader that has just compared versions must not be answered from
 the host's own cache, which learns of a change only after the writer has got its reply.
 
+A change of owner takes names away, as it were: whether its caller owns an object, a kernel decides by the owner that it
+was told last, and it asks for attributes before only if it looks the name up.
+
 A look-up of the introduction of a guest that is here, in the root, tells which process works for that guest; the error that
 it gets tells the guest that it was heard (``docs/spec/control.md``, section 8).
 
@@ -18,13 +21,14 @@ from __future__ import annotations
 import errno
 import os
 from types import TracebackType
+from typing import Final
 
 from coherency.daemon.changes import Changes
 from coherency.daemon.events import Events
 from coherency.daemon.happened import Thing, happened
 from coherency.daemon.origins import Origins
 from coherency.daemon.shown import Shown
-from coherency.fuse.abi import ROOT_ID, Opcode
+from coherency.fuse.abi import ROOT_ID, Opcode, SetattrValid
 from coherency.fuse.codec import Request
 from coherency.fuse.nodes import Node
 from coherency.fuse.passthrough import Passthrough
@@ -32,6 +36,8 @@ from coherency.fuse.session import Deferred, Reply
 from coherency.fuse.tree import Change, Leaving
 from coherency.ids import HostInode
 from coherency.leases import introduced
+
+_OWNER: Final = SetattrValid.UID | SetattrValid.GID
 
 
 class Export(Passthrough):
@@ -60,6 +66,8 @@ class Export(Passthrough):
 
     def changing(self, request: Request, *inodes: HostInode, leaving: tuple[Leaving, ...] = ()) -> Change:
         led_to = tuple(name.ino for name in leaving if name.ino is not None) if leaving else ()
+        if request.opcode == Opcode.SETATTR and request.body.valid & _OWNER:
+            led_to = inodes
         change = self._changes.change(inodes, request, leaving=led_to)
         if self._events is None or not self._events.wanted:
             return change
