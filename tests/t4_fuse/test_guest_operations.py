@@ -1,4 +1,4 @@
-"""Every operation through a guest's mount: agent, export and daemon together."""
+"""Every operation through the export, and through a guest's mount: agent, export and daemon together."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +10,11 @@ from tests.scenarios import ALL
 from tests.scenarios.comparing import Scenario, compare
 
 
-@pytest.fixture(scope="module", params=["none", "access", "strict", "prompt"])
+@pytest.fixture(scope="module", params=["export", "none", "access", "strict", "prompt"])
 def mounted(request: pytest.FixtureRequest, make_socket_dir: Callable[[], Path]) -> Iterator[tuple[Path, Path]]:
-    """The mount of a guest, and the share behind it."""
+    """The export or the mount of a guest, and the share behind it."""
     with Host(make_socket_dir()) as host:
-        yield host.mount("guest", request.param), host.share
+        yield host.export if request.param == "export" else host.mount("guest", request.param), host.share
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.__name__)
