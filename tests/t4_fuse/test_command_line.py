@@ -269,8 +269,8 @@ def test_status(host: Host, guest: Path) -> None:
         assert f"pid {report['pid']}, " in text
         assert re.search(r"epoch \d+, \d+ bumps, .* table 16384 KiB \(memfd, 1048576 slots\)", text), text
         heading, row = text.splitlines()[-2:]
-        assert heading.split() == ["guest", "pid", "cache", "hits", "misses", "refreshes", "host", "trips", "entries"]
-        assert row.split()[:3] == ["guest", str(shown["pid"]), "access"]
+        assert heading.split() == ["guest", "in", "pid", "cache", "hits", "misses", "refreshes", "host", "trips", "entries"]
+        assert row.split()[:4] == ["guest", "local", str(shown["pid"]), "access"]
 
 
 def test_status_without_guests(host: Host) -> None:
