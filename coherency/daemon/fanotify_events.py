@@ -38,7 +38,8 @@ class HostEvent(NamedTuple):
     """Something that happened on a file system that is watched, or several things in a row that the kernel made one event.
 
     ``target``: the handle of what it happened to. ``directory`` and ``name``: where that is, if the event is about a name or
-    the kernel knows; None and empty otherwise. Of a rename the old place, and the new one in the last two.
+    the kernel knows; None and empty otherwise. Of a rename the old place, and the new one in ``new_directory`` and ``new_name``.
+    ``pid``: the process that did it.
     """
 
     mask: int
@@ -48,6 +49,7 @@ class HostEvent(NamedTuple):
     name: bytes = b""
     new_directory: bytes | None = None
     new_name: bytes = b""
+    pid: int = 0
 
 
 def events_of_others(buffer: bytes, own_pid: int) -> Iterator[HostEvent]:
@@ -61,11 +63,11 @@ def events_of_others(buffer: bytes, own_pid: int) -> Iterator[HostEvent]:
         if version != _VERSION or length < head:
             raise ValueError(f"fanotify events of version {version}, not {_VERSION}")
         if pid != own_pid or mask & Q_OVERFLOW:
-            yield _with_places(buffer, position + head, position + length, mask)
+            yield _with_places(buffer, position + head, position + length, mask, pid)
         position += length
 
 
-def _with_places(buffer: bytes, position: int, end: int, mask: int) -> HostEvent:
+def _with_places(buffer: bytes, position: int, end: int, mask: int, pid: int) -> HostEvent:
     fsid = 0
     target = directory = new_directory = None
     name = new_name = b""
@@ -82,7 +84,7 @@ def _with_places(buffer: bytes, position: int, end: int, mask: int) -> HostEvent
         position += length
     if name == _ITSELF:  # so a directory is told of that is no entry of the event
         target, directory, name = directory, None, b""
-    return HostEvent(mask, fsid, target, directory, name, new_directory, new_name)
+    return HostEvent(mask, fsid, target, directory, name, new_directory, new_name, pid)
 
 
 # --- the inode number in a handle -----------------------------------------------------------------------------------

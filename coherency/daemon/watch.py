@@ -22,7 +22,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from coherency.daemon.changes import Changes
@@ -31,16 +31,15 @@ from coherency.daemon.fanotify_events import (
     CREATE,
     DELETE,
     DELETE_SELF,
-    MODIFY,
-    ONDIR,
     Q_OVERFLOW,
     RENAME,
     HostEvent,
     events_of_others,
 )
+from coherency.daemon.host_happened import Known, told_of
 from coherency.daemon.shown import Shown
 from coherency.daemon.watched import Watched
-from coherency.events import Event, EventKind
+from coherency.events import Event
 from coherency.ids import HostInode
 
 log = logging.getLogger(__name__)
@@ -48,12 +47,6 @@ log = logging.getLogger(__name__)
 _OWN_PAUSE_S: Final = 0.002
 _OF_NAMES: Final = CREATE | DELETE | RENAME
 _NOBODY: Final = HostInode(0)
-_KINDS: Final = (
-    (CREATE, EventKind.CREATED),
-    (MODIFY, EventKind.MODIFIED),
-    (ATTRIB, EventKind.ATTRIBUTES),
-    (DELETE, EventKind.REMOVED),
-)
 
 
 class WatchStatistics(NamedTuple):
@@ -77,7 +70,8 @@ class _Batch:
         self.inodes: set[HostInode] = set()
         self.leaving: set[HostInode] = set()
         self.everything = False
-        self.events: list[Event] = []
+        self.happened: list[Known] = []
+        """In its order, if somebody wants to be told."""
 
 
 def _pass(point: str) -> None:
@@ -178,8 +172,8 @@ class Watcher:
             self._changes.made_anywhere()
         elif batch.inodes:
             self._changes.made_elsewhere(batch.inodes, batch.leaving)
-        if self._tell is not None and batch.events:
-            self._tell(batch.events)
+        if self._tell is not None and (events := list(told_of(batch.happened))):
+            self._tell(events)
         return self._events > before
 
     def _sort(self, event: HostEvent, batch: _Batch, telling: bool) -> None:
@@ -196,7 +190,7 @@ class Watcher:
         if mask & _OF_NAMES:
             batch.inodes.update(each for each in (parent, new_parent) if each is not _NOBODY)
         if telling:
-            batch.events += told_of(event, target, parent, new_parent, shown=target in self._shown)
+            batch.happened.append(Known(event, target, parent, new_parent, target in self._shown))
 
     def _shown_directory(self, fsid: int, handle: bytes | None) -> HostInode:
         if handle is None:
@@ -209,23 +203,3 @@ class Watcher:
         if found is None:
             raise _Unknown
         return self._number_on(*found)
-
-
-def told_of(
-    event: HostEvent, target: HostInode, parent: HostInode, new_parent: HostInode, *, shown: bool
-) -> Iterator[Event]:
-    """What guests are told of an event: in the directories that somebody was shown (0 stands for others) it is what can be
-    seen from there, and without a directory it is of interest if ``target`` was shown.
-    """
-    is_directory = bool(event.mask & ONDIR)
-    if event.mask & RENAME:
-        if parent and new_parent:
-            yield Event(EventKind.RENAMED, target, is_directory, parent, event.name, new_parent, event.new_name)
-        elif parent:
-            yield Event(EventKind.REMOVED, target, is_directory, parent, event.name)
-        elif new_parent:
-            yield Event(EventKind.CREATED, target, is_directory, new_parent, event.new_name)
-    elif parent or (event.directory is None and shown and not event.mask & DELETE_SELF):
-        for bit, kind in _KINDS:
-            if event.mask & bit:
-                yield Event(kind, target, is_directory, parent, event.name)

@@ -255,20 +255,23 @@ class Echoes:
     def _touched(self, event: Event, what: int) -> None:
         """By its name, if that leads to it, so that who watches the directory is told the name; else by the inode."""
         nodes = self._fs.nodes
-        parent = nodes.known(event.parent) if event.name else None
-        if parent is not None and not self._is_in_use(parent, event.name):
+        parent_ino, name = event.parent, event.name
+        known = nodes.known(event.ino)
+        if not name and known is not None and known.parent is not None:  # told without a name: then by that which it has here
+            parent_ino, name = known.parent.ino, known.name
+        parent = nodes.known(parent_ino) if name else None
+        if parent is not None and not self._is_in_use(parent, name):
             try:
-                node = self._fs.find_name(parent, event.name)
+                node = self._fs.find_name(parent, name)
             except OSError:
                 pass  # it is not there any more
             else:
                 try:
                     if node.ino == event.ino:
-                        self._touch(node, what, Place(parent, event.name, node))
+                        self._touch(node, what, Place(parent, name, node))
                         return
                 finally:
                     nodes.forget(node.id, 1)
-        known = nodes.known(event.ino)
         if known is not None:
             self._touch(known, what)
 

@@ -19,27 +19,27 @@ def parsed(buffer: bytes) -> list[HostEvent]:
 
 def test_an_event_about_a_name() -> None:
     (found,) = parsed(of_name(fan.CREATE, 5, 2, b"file"))
-    assert found == HostEvent(fan.CREATE, FSID, ino32(5), ino32(2), b"file")
+    assert found == HostEvent(fan.CREATE, FSID, ino32(5), ino32(2), b"file", pid=OTHER_PID)
 
 
 def test_an_event_without_a_name() -> None:
     (found,) = parsed(of_inode(fan.ATTRIB | fan.DELETE_SELF, 5))
-    assert found == HostEvent(fan.ATTRIB | fan.DELETE_SELF, FSID, ino32(5))
+    assert found == HostEvent(fan.ATTRIB | fan.DELETE_SELF, FSID, ino32(5), pid=OTHER_PID)
 
 
 def test_a_directory_itself_is_no_entry_of_itself() -> None:
     (found,) = parsed(event(fan.ATTRIB | fan.ONDIR, record(PLACE, ino32(5), b".")))
-    assert found == HostEvent(fan.ATTRIB | fan.ONDIR, FSID, ino32(5))
+    assert found == HostEvent(fan.ATTRIB | fan.ONDIR, FSID, ino32(5), pid=OTHER_PID)
 
 
 def test_a_rename_has_two_places() -> None:
     (found,) = parsed(of_rename(fan.RENAME, 5, (2, b"old"), (3, b"a much longer new name")))
-    assert found == HostEvent(fan.RENAME, FSID, ino32(5), ino32(2), b"old", ino32(3), b"a much longer new name")
+    assert found == HostEvent(fan.RENAME, FSID, ino32(5), ino32(2), b"old", ino32(3), b"a much longer new name", OTHER_PID)
 
 
 @pytest.mark.parametrize("name", [b"x" * length for length in range(1, 9)] + [b"\xff" * 255, b"..a", b".a"])
 def test_names_are_cut_where_they_end(name: bytes) -> None:
-    assert parsed(of_name(fan.DELETE, 5, 2, name) * 2) == [HostEvent(fan.DELETE, FSID, ino32(5), ino32(2), name)] * 2
+    assert parsed(of_name(fan.DELETE, 5, 2, name) * 2) == [HostEvent(fan.DELETE, FSID, ino32(5), ino32(2), name, pid=OTHER_PID)] * 2
 
 
 def test_ones_own_events_are_skipped() -> None:
