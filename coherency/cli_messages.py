@@ -11,8 +11,7 @@ from typing import Final, NoReturn
 import click
 
 from coherency.errors import CoherencyError, UsageError
-from coherency.guest_agent.api import RUNTIME_ROOT_VARIABLE
-from coherency.rendezvous import DEFAULT_RUNTIME_ROOT
+from coherency.rendezvous import DEFAULT_RUNTIME_ROOT, RUNTIME_ROOT_VARIABLE
 
 _MAX_SECONDS: Final = 10**9
 

@@ -10,29 +10,12 @@ import click
 
 from coherency.cli_messages import errors_as_messages, json_option, runtime_dir_option
 from coherency.daemon.service import forget
-from coherency.errors import UsageError
-from coherency.guest_agent.links import Link
-from coherency.guest_agent.requests import evict, fetch_status
-from coherency.guest_agent.virtual_machine import VirtualMachine
+from coherency.guest_agent.requests import fetch_status
 from coherency.rendezvous import VIRTIO_PORT_NAME
 from coherency.vm_args import DEFAULT_MEMORY, FORMATS, VirtualMachineOptions, libvirt_text, qemu_text
 
 _VIRTIOFSDS: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 """Where distributions have it; the first one that is there, or the first."""
-
-
-def link_of(name: str, control: str, table: str, lower: Path | None) -> Link | None:
-    """The way to the daemon that the options of ``mount`` describe; None: its socket. `UsageError` if they contradict each other."""
-    kind, _, port = control.partition(":")
-    if kind not in ("socket", "virtio-serial") or (port and kind == "socket") or control.endswith(":"):
-        raise UsageError(f"--control is socket, virtio-serial or virtio-serial:PORT, not {control!r}")
-    if (kind == "virtio-serial") != (table == "pci"):
-        raise UsageError("--control virtio-serial and --table pci belong together: the table cannot come by a serial port")
-    if kind == "socket":
-        return None
-    if lower is None:
-        raise UsageError("--control virtio-serial needs --lower: where virtiofs has mounted the export in this machine")
-    return VirtualMachine(name, port=port or VIRTIO_PORT_NAME)
 
 
 def _installed_virtiofsd() -> str:
@@ -103,25 +86,3 @@ def forget_command(name: str, runtime_dir: Path) -> None:
     with errors_as_messages():
         found = forget(runtime_dir.absolute(), name)
     click.echo(f"forgot '{name}'" if found else f"there was nothing to forget of '{name}'")
-
-
-@click.command("evict")
-@click.argument("name")
-@click.argument("guest")
-@runtime_dir_option
-@json_option
-def evict_command(name: str, guest: str, runtime_dir: Path, as_json: bool) -> None:
-    """Send a guest of NAME away: GUEST is its name, or its number in status --json.
-
-    It is told to forget everything, and waited for: one lease at most. An agent that is alive comes back by itself, with nothing
-    cached; to keep a virtual machine out, shut it down or disconnect its control port.
-
-    \b
-    coherency evict work vm1
-    """
-    with errors_as_messages():
-        count = evict(runtime_dir, name, guest)
-    if as_json:
-        click.echo(json.dumps({"name": name, "guest": guest, "evicted": count}))
-    else:
-        click.echo(f"evicted {count} guest{'' if count == 1 else 's'} of '{name}'")

@@ -8,6 +8,7 @@ from typing import Final
 from coherency.errors import UsageError
 
 DEFAULT_RUNTIME_ROOT: Final = "/run/coherency"
+RUNTIME_ROOT_VARIABLE: Final = "COHERENCY_RUNTIME_DIR"
 CONTROL_SOCKET_NAME: Final = "control.sock"
 TABLE_LINK_NAME: Final = "table"
 EXPORT_DIRECTORY_NAME: Final = "export"

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from coherency.fuse.mounts import open_mount
 from coherency.fuse.replies import DirectoryEntry
@@ -28,11 +28,10 @@ from coherency.guest_agent.cache import DEFAULT_CAPACITY, Counters, UserCache
 from coherency.guest_agent.client import Client
 from coherency.guest_agent.paths import NOT_SET, Paths
 from coherency.protocol import Welcome
-from coherency.rendezvous import DEFAULT_RUNTIME_ROOT
+from coherency.rendezvous import DEFAULT_RUNTIME_ROOT, RUNTIME_ROOT_VARIABLE
 from coherency.shm_table import TableReader
 
 AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-RUNTIME_ROOT_VARIABLE: Final = "COHERENCY_RUNTIME_DIR"
 
 _DT_UNKNOWN, _DT_DIR, _DT_REG, _DT_LNK = 0, 4, 8, 10
 

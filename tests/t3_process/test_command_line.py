@@ -14,10 +14,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from coherency.cli import main
+from coherency.cli import COMMANDS, main
 from tests.guests import ROOT
-
-COMMANDS = sorted(main.commands)
 
 
 class Done(NamedTuple):
@@ -57,7 +55,9 @@ def test_help_has_a_sentence_an_example_and_the_options(command: str) -> None:
         lines = [line.strip() for line in done.output.splitlines()]
         assert lines[0].startswith(f"Usage: coherency {command} ")
         assert any(line.startswith(f"coherency {command}") for line in lines[1:]), done.output
-        parameters = [each for each in main.commands[command].params if isinstance(each, click.Option)]
+        found = main.get_command(click.Context(main), command)
+        assert found is not None
+        parameters = [each for each in found.params if isinstance(each, click.Option)]
         assert all(each.help for each in parameters), "an option without a word"
 
 
