@@ -14,6 +14,9 @@ MODEL_PROGRAMS := spin=spin gcc=gcc libc6-dev=/usr/include/stdio.h
 # Programs that the tests run on a guest's mount, and files that they read.
 TEST_PROGRAMS := acl=setfacl attr=getfattr btrfs-progs=mkfs.btrfs e2fsprogs=mkfs.ext4 git=git inotify-tools=inotifywait linux-libc-dev=/usr/include/linux/fuse.h rsync=rsync sqlite3=sqlite3 xfsprogs=mkfs.xfs $(MODEL_PROGRAMS)
 
+# What virtual machines are run with. The tests that need them are skipped where these cannot be had.
+VM_PROGRAMS := qemu-system-x86=qemu-system-x86_64 qemu-system-common=/usr/lib/qemu/virtiofsd
+
 # What the user's shell sets for other programs must not reach into .venv, nor keep Python from caching bytecode there.
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
@@ -26,7 +29,7 @@ demo: venv ## set up everything and show two guests on one directory
 	@.venv/bin/coherency demo $(ARGS)
 
 .PHONY: test
-test: programs lint ## set up everything, lint, and run all tests, the fast ones first
+test: programs virtual-machines lint ## set up everything, lint, and run all tests, the fast ones first
 	@.venv/bin/pytest $(ARGS)
 
 .PHONY: lint
@@ -47,6 +50,10 @@ bench: venv ## nanoseconds per stat in each mode, and trips to the host
 bench-sharing: venv ## what changes of shared files cost, recalls, and how late guests see them
 	@.venv/bin/python benchmarks/sharing.py $(ARGS)
 
+.PHONY: bench-vm
+bench-vm: venv virtual-machines ## what virtual machines get from stock virtiofs, and from ours over it
+	@.venv/bin/python benchmarks/vm.py $(ARGS)
+
 .PHONY: bench-fuse-libraries
 bench-fuse-libraries: venv ## one FUSE request through coherency.fuse, pyfuse3 and mfusepy (installs them under build/)
 	@.venv/bin/python benchmarks/fuse_libraries.py $(ARGS)
@@ -63,3 +70,7 @@ venv:
 .PHONY: programs
 programs:
 	@scripts/need-programs $(TEST_PROGRAMS)
+
+.PHONY: virtual-machines
+virtual-machines:
+	@scripts/set-up-vm $(VM_PROGRAMS) || echo "no virtual machines: the tests that need them will be skipped" >&2

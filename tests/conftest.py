@@ -24,6 +24,7 @@ import pytest
 
 from coherency.fuse import syscalls
 from tests import mounts
+from tests.vm.parts import why_no_vm
 
 TESTS = Path(__file__).resolve().parent
 
@@ -48,6 +49,10 @@ def why_no_fuse() -> str | None:
     return None
 
 
+NEEDS: dict[str, Callable[[], str | None]] = {"needs_fuse": why_no_fuse, "needs_vm": why_no_vm}
+NEEDS_OF_LEVEL = {"t4": ["needs_fuse"], "t5": ["needs_fuse", "needs_vm"]}
+
+
 def level_of(path: Path) -> str:
     """The level of a test file, `t0` to `t5`, by the directory below tests/ that it lies in."""
     directory = path.relative_to(TESTS).parts[0]
@@ -62,13 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         level = level_of(item.path)
         item.add_marker(level)
-        if level == "t4":
-            item.add_marker("needs_fuse")
+        for need in NEEDS_OF_LEVEL.get(level, ()):
+            item.add_marker(need)
     items.sort(key=lambda item: level_of(item.path))
 
-    if any(item.get_closest_marker("needs_fuse") for item in items) and (reason := why_no_fuse()):
-        for item in items:
-            if item.get_closest_marker("needs_fuse"):
+    for need, why_not in NEEDS.items():
+        needy = [item for item in items if item.get_closest_marker(need)]
+        if needy and (reason := why_not()):
+            for item in needy:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

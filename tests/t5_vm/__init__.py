@@ -1,0 +1,1 @@
+"""t5: real virtual machines."""
