@@ -32,7 +32,7 @@ from coherency.protocol import Goodbye, encode
 log = logging.getLogger(__name__)
 
 DEFAULT_SIZE: Final = 4
-_START_TIMEOUT_S: Final = 10.0
+_START_TIMEOUT_S: Final = 30.0  # a machine without KVM on a busy host has needed more than ten
 _END_TIMEOUT_S: Final = 5.0
 _FIRST_RESTART_S: Final = 0.05
 _LAST_RESTART_S: Final = 5.0
