@@ -10,9 +10,10 @@ import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from coherency.guest_agent.api import GuestAgent
+if TYPE_CHECKING:  # in a virtual machine an import takes seconds
+    from coherency.guest_agent.api import GuestAgent
 
 USER, GROUP = 1000, 2000
 FILE_BYTES = 16384
@@ -122,7 +123,7 @@ class KernelView:
 class AgentView:
     """What a GuestAgent says of a directory below the share's root."""
 
-    def __init__(self, agent: GuestAgent, below: str) -> None:
+    def __init__(self, agent: "GuestAgent", below: str) -> None:
         self.agent, self.below = agent, below
 
     def stat(self, name: str) -> os.stat_result:
