@@ -210,6 +210,8 @@ def _bounded(
     register: Register, each: Accesses, ages: list[int | None], bound_ns: int, calls: Sequence[Call]
 ) -> Finding | None:
     for read, age in zip(each.reads, ages, strict=True):
+        if _is_about_the_inode(calls[read.tag]):
+            continue
         if age is None:
             if _is_misled(each, read, bound_ns, calls):
                 continue
@@ -221,6 +223,11 @@ def _bounded(
                 (*_last_written(register, each.writes, read), *current, read),
             )
     return None
+
+
+def _is_about_the_inode(call: Call) -> bool:
+    """A kernel that believes in an old name links what this was. If that is gone there is nothing to link, whatever the name is now."""
+    return call.step.op == "link" and call.error == errno.ENOENT
 
 
 def _is_misled(each: Accesses, read: Read, bound_ns: int, calls: Sequence[Call]) -> bool:

@@ -77,7 +77,7 @@ def test_a_guest_that_does_not_read_loses_events_and_nothing_else(daemon: Contro
 
 def test_the_process_of_a_guest_in_any_mode_is_known(daemon: ControlDaemon) -> None:
     """Else it would be told of its own changes."""
-    origins = Origins(daemon.leasing.has, process_of=lambda thread: thread)
+    origins = Origins(daemon.leasing.knows, process_of=lambda thread: thread)
     for mode in ("none", "access", "strict"):
         with ScriptedGuest(daemon.path, mode) as guest:
             assert origins.introduce(guest.session, 77)
