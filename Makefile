@@ -30,7 +30,7 @@ demo: venv ## set up everything and show two guests on one directory
 
 .PHONY: test
 test: programs virtual-machines lint ## set up everything, lint, and run all tests, the fast ones first
-	@.venv/bin/pytest $(ARGS)
+	@scripts/run-tests $(ARGS)
 
 .PHONY: lint
 lint: venv ## ruff, and mypy in strict mode
