@@ -337,7 +337,9 @@ class Client:
         return lambda: self._grantor.joined(welcome, asked_at_ns, channel)
 
     def _return_to_daemon(self) -> None:
-        retry_ns, last_text = self._patience.first_retry_ns, ""
+        # What is written to a line before QEMU has noticed its end, and connected anew, can block that for good (QEMU 7.2).
+        is_line, patience = self._link.line == "serial", self._patience
+        retry_ns, last_text = patience.line_settles_ns if is_line else patience.first_retry_ns, ""
         while True:
             wait_readable(self._wakeup, None, retry_ns)
             if not self._grantor.is_clean():  # rule 5

@@ -38,6 +38,7 @@ class Patience:
 
     answer_ns: int = 5_000_000_000
     first_retry_ns: int = 100_000_000
+    line_settles_ns: int = 3_000_000_000
     last_retry_ns: int = 2_000_000_000
     invalidation_ns: int = LONGEST_LEASE_NS + 5_000_000_000
 

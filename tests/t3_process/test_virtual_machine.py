@@ -22,8 +22,8 @@ from tests.fake_machine import PORT, FakeMachine, add_pci_device
 from tests.waiting import until
 
 COUNTERS = SimpleNamespace(hits=1, misses=2, refreshes=3, lower_requests=4, entries=5)
-PATIENT = Patience(answer_ns=20 * 10**9, first_retry_ns=2_000_000, last_retry_ns=20_000_000)
-BRIEF = Patience(answer_ns=500_000_000, first_retry_ns=2_000_000, last_retry_ns=20_000_000)
+PATIENT = Patience(answer_ns=20 * 10**9, first_retry_ns=2_000_000, line_settles_ns=2_000_000, last_retry_ns=20_000_000)
+BRIEF = Patience(answer_ns=500_000_000, first_retry_ns=2_000_000, line_settles_ns=2_000_000, last_retry_ns=20_000_000)
 INODE = HostInode(77)
 LOST = "lost the daemon of 'share-1'"
 
