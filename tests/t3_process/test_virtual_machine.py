@@ -23,7 +23,7 @@ from tests.waiting import until
 
 COUNTERS = SimpleNamespace(hits=1, misses=2, refreshes=3, lower_requests=4, entries=5)
 # Whatever was on the line of a machine hangs up when that ends, which may be in time for the daemon to say so.
-pytestmark = pytest.mark.expected_logs("hung up without a goodbye")
+pytestmark = pytest.mark.expected_logs("hung up without a goodbye", "could not be read")
 PATIENT = Patience(answer_ns=20 * 10**9, first_retry_ns=2_000_000, line_settles_ns=2_000_000, last_retry_ns=20_000_000)
 BRIEF = Patience(answer_ns=500_000_000, first_retry_ns=2_000_000, line_settles_ns=2_000_000, last_retry_ns=20_000_000)
 INODE = HostInode(77)
