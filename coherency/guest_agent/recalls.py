@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 DANGERS: Final = ("ack-first", "inval-entry", "no-self-recall")
 """Negative controls: ack before the kernel has forgotten; drop names by INVAL_ENTRY; do not recall for changes of the own guest."""
+FORGETS_LATE_S: Final = 0.02
+"""How long after its ack an agent in danger of ``ack-first`` forgets: long enough for whoever looks now and then to meet it."""
 DROP_S: Final = 0.25
 """How long one drop of names may take. Well below the time for which the table is trusted: the client's thread waits for it."""
 MANY_NAMES: Final = 512

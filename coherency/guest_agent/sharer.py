@@ -18,7 +18,7 @@ from typing import Final
 
 from coherency.guest_agent.channel import Channel
 from coherency.guest_agent.grants import Grants
-from coherency.guest_agent.recalls import Helpers, Recalls
+from coherency.guest_agent.recalls import FORGETS_LATE_S, Helpers, Recalls
 from coherency.ids import GrantKey
 from coherency.leases import RENEWALS_PER_LEASE
 from coherency.protocol import Ack, Confirm, Evicted, Message, Recall, Renew, Renewed, Welcome
@@ -112,6 +112,7 @@ class Sharer:
         if self._recalls is not None and self._recalls.danger == "ack-first":
             self._acked = message.serial
             self._ack(channel)
+            time.sleep(FORGETS_LATE_S)
             self._recalls.carry_out(message.keys)
             return None
         self._owed.append(message.keys)

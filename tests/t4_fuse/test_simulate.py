@@ -134,7 +134,7 @@ def test_control_notifications_that_take_the_lock_of_the_directory_hang(socket_d
 
 @pytest.mark.parametrize("danger", ["no-recalls", "ack-first", "no-self-recall"])
 def test_control_stale_reads_of_a_careless_strict_are_found_within_seconds(danger: str, make_socket_dir: Callable[[], Path]) -> None:
-    """The window of ``ack-first`` is a millisecond: that may take more than one look."""
+    """Stale reads are found by chance: that may take more than one look."""
     for seed in range(4):
         directory = make_socket_dir()
         code, report, _ = simulate(
