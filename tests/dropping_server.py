@@ -228,6 +228,14 @@ class Server:
     def helpers(self) -> list[int]:
         return sorted(self._pool._by_pid)
 
+    def order_helper(self) -> None:
+        with self._pool._lock:
+            self._pool._order_helper()
+
+    def ordered_helpers(self) -> int:
+        """Not born yet."""
+        return self._pool._starting
+
     def keeper(self) -> int:
         assert self._pool._keeper is not None
         return self._pool._keeper.pid

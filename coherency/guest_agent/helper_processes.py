@@ -335,9 +335,12 @@ class HelperProcesses(Generic[Job]):
             helper = Helper[Job](pid, slot, descriptors[0])
             with self._changed:
                 self._by_pid[pid] = helper
-                self._idle.append(helper)
                 self._starting -= 1
-                self._changed.notify()
+                if len(self._idle) >= self._size:  # those that were left have come back meanwhile
+                    helper.close()
+                else:
+                    self._idle.append(helper)
+                    self._changed.notify()
             return True
         if kind == keeper.DIED:
             self._strike_off(*keeper.order.unpack(rest))

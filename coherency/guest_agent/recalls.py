@@ -7,26 +7,21 @@
    lock of the directory, which a caller may hold whose change waits for this very recall.
 3. If names cannot be dropped in time, all names of the kernel are (INC_EPOCH), where it offers that. Else they are not
    forgotten, and nobody is told that they were: the lease decides.
-4. Pages are dropped afterwards, by a thread of its own that may wait for I/O on them.
+4. Pages are dropped some time afterwards (``coherency.guest_agent.pages``, rule 2).
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from coherency.fuse.codec import Request
+from coherency.guest_agent import pages
 from coherency.guest_agent.grants import GrantedName, Grants, Revoked
 from coherency.ids import GrantKey, NodeId, SlotIndex
 from coherency.leases import keys_of
-
-log = logging.getLogger(__name__)
 
 DANGERS: Final = ("ack-first", "inval-entry", "no-self-recall")
 """Negative controls: ack before the kernel has forgotten; drop names by INVAL_ENTRY; do not recall for changes of the own guest."""
@@ -35,16 +30,13 @@ FORGETS_LATE_S: Final = 0.02
 DROP_S: Final = 0.25
 """How long one drop of names may take. Well below the time for which the table is trusted: the client's thread waits for it."""
 MANY_NAMES: Final = 512
-_PAGES_WAITING: Final = 1 << 16
-_CLOSE_S: Final = 1.0
 
 
-class Kernel(Protocol):
+class Kernel(pages.Kernel, Protocol):
     """What is needed of a session."""
 
     @property
     def is_gone(self) -> bool: ...
-    def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool: ...
     def invalidate_entry(self, parent: NodeId, name: bytes) -> bool: ...
     def increment_epoch(self) -> bool: ...
 
@@ -73,17 +65,11 @@ class Recalls:
     ) -> None:
         self.grants, self.danger, self._clock_ns = grants, danger, clock_ns
         self._kernel, self._helpers = kernel, helpers
-        self._pages: queue.Queue[NodeId | None] = queue.Queue(_PAGES_WAITING)
-        self._closing = False
-        self._page_thread = threading.Thread(target=self._drop_pages, name="recalled-pages", daemon=True)
-        self._page_thread.start()
+        self._pages = pages.RecalledPages(kernel, clock_ns=clock_ns)
 
     def close(self) -> None:
-        """End the thread for pages, unless it waits for I/O: then it ends with that. Before the mount goes."""
-        self._closing = True
-        with contextlib.suppress(queue.Full):
-            self._pages.put_nowait(None)
-        self._page_thread.join(_CLOSE_S)
+        """Before the mount goes."""
+        self._pages.close()
 
     # ---- for the daemon ----
 
@@ -92,7 +78,7 @@ class Recalls:
         revoked = self.grants.revoke(keys) if keys else self.grants.revoke_everything()
         forgotten = self._forget(revoked)
         for thing in revoked.nodes:
-            self._drop_pages_later(thing.what)
+            self._pages.drop_later(thing.what)
         return forgotten
 
     def _forget(self, revoked: Revoked) -> bool:
@@ -155,13 +141,3 @@ class Recalls:
         self.grants.dropped((*revoked.nodes, *revoked.names))
         self.grants.release(revoked.registered)
         return bool(keys)
-
-    def _drop_pages_later(self, node: NodeId) -> None:
-        try:
-            self._pages.put_nowait(node)
-        except queue.Full:  # who reads them finds the size or the time changed, all the same
-            log.debug("the pages of node %d are not dropped", node)
-
-    def _drop_pages(self) -> None:
-        while (node := self._pages.get()) is not None and not self._closing:
-            self._kernel.invalidate_inode(node, 0, 0)

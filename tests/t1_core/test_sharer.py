@@ -13,6 +13,7 @@ from coherency.fuse.codec import Request
 from coherency.guest_agent import grants as grants_module
 from coherency.guest_agent import recalls as recalls_module
 from coherency.guest_agent.grants import GrantedName, Grants
+from coherency.guest_agent.pages import LEFT_ALONE_NS
 from coherency.guest_agent.recalls import MANY_NAMES, Recalls
 from coherency.guest_agent.sharer import Sharer
 from coherency.ids import Epoch, NodeId, SlotIndex
@@ -124,6 +125,7 @@ def test_a_recall_is_acked_when_the_kernel_has_forgotten(world: World) -> None:
     world.grant(NAME)
     assert world.sharer.handle(Recall(SESSION, 1, KEYS)) is None
     assert world.happened == [NODE, [b"name"], Ack(SESSION, 1)]
+    world.now_ns += LEFT_ALONE_NS
     assert world.kernel.pages.get(timeout=20) == NODE
 
 

@@ -1,7 +1,6 @@
 """Dropping pages may wait for threads of the session: so few do it at a time, and nobody waits long for his turn."""
 
 import threading
-from typing import Any
 
 import pytest
 
@@ -18,14 +17,14 @@ class SlowKernel:
         self.asked = 0
         self.may = threading.Event()
 
-    def invalidate_inode(self, node: NodeId, offset: int, length: int) -> bool:
+    def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
         self.asked += 1
         return self.may.wait(20)
 
 
 def test_who_finds_too_many_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "_PATIENCE_S", 0.01)
-    kernel: Any = SlowKernel()
+    kernel = SlowKernel()
     dropped = Pages()
     dropped.drop(NodeId(1))  # nobody is there yet
     dropped.belong_to(kernel)

@@ -264,6 +264,14 @@ def test_more_directories_than_helpers(mount: Dropping, place: str) -> None:
     eventually(lambda: mount.pool()["helpers"] == SIZE)
 
 
+def test_who_is_born_when_those_who_were_left_are_back_ends(mount: Dropping) -> None:
+    eventually(lambda: mount.pool() == mount.pool() | {"helpers": SIZE, "left": 0})
+    before = mount.ask("helpers")
+    mount.ask("order_helper")
+    eventually(lambda: mount.ask("ordered_helpers") == 0)
+    eventually(lambda: mount.ask("helpers") == before)
+
+
 def test_there_is_a_bound_to_helpers(make_socket_dir: Callable[[], Path]) -> None:
     """With all of them waiting nothing is dropped, and that is told in time; one that comes back is enough."""
     with dropping(make_socket_dir()) as mount:
