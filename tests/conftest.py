@@ -18,12 +18,13 @@ import tempfile
 from collections.abc import Callable, Generator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
 from coherency.fuse import syscalls
-from tests import mounts
+from tests import mounts, workers
 from tests.vm.parts import why_no_vm
 
 TESTS = Path(__file__).resolve().parent
@@ -127,11 +128,14 @@ class MountGuard:
         shutil.rmtree(self.short_root)
 
 
+_LEFT_BEHIND = "mounts left behind"
 log_guard_key = pytest.StashKey[LogGuard]()
 mount_guard_key = pytest.StashKey[MountGuard]()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    if workers.is_worker(session.config):
+        workers.have_own_mounts()
     given = session.config.getoption("basetemp")
     if given is not None:
         # pytest is about to delete this directory with all that lies in it: not through a mount.
@@ -184,7 +188,16 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
     mount_guard.close()
     if mount_guard.left_behind:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if workers.is_worker(session.config):
+        session.config.workeroutput[_LEFT_BEHIND] = mount_guard.left_behind  # type: ignore[attr-defined]
     logging.getLogger("coherency").removeHandler(session.config.stash[log_guard_key])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Of pytest-xdist: a worker has ended."""
+    if error is None:
+        node.config.stash[mount_guard_key].left_behind.extend(node.workeroutput[_LEFT_BEHIND])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -144,6 +144,7 @@ def test_each_batch_is_one_touch_and_one_recall(
         of_name(fan.MODIFY, SHOWN, ROOT, b"n", pid=os.getpid()),
         b"",
     ],
+    ids=["not shown", "not shown, in one not shown", "gone, not shown", "our own doing", "nothing"],
 )
 def test_what_is_of_no_interest_costs_nothing(desk: Desk, events: bytes) -> None:
     desk.kernel.happens(events + of_name(fan.MODIFY, HIDDEN, HIDDEN_DIRECTORY, b"n"))

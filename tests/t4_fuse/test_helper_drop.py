@@ -512,6 +512,7 @@ def test_a_node_that_is_no_directory(mount: Dropping, place: str) -> None:
     assert not mount.ask("drop_names", [[mount.ask("node_of", f"{place}/f"), "f", 0]], 10)
 
 
+@pytest.mark.alone
 def test_under_memory_pressure(mount: Dropping, place: str) -> None:
     held = os.open(mount.mountpoint / place, os.O_PATH)
     for _ in range(5):

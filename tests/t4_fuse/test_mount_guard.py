@@ -33,10 +33,13 @@ def test_later():
 """
 
 
+@pytest.mark.parametrize("processes", [[], ["--numprocesses=2"]])
 @pytest.mark.parametrize("directory", ["socket_dir", "tmp_path"])
-def test_mount_left_behind_fails_the_session_and_is_unmounted(inner: pytest.Pytester, directory: str) -> None:
+def test_mount_left_behind_fails_the_session_and_is_unmounted(
+    inner: pytest.Pytester, directory: str, processes: list[str]
+) -> None:
     write(inner, "t4_fuse/test_a.py", LEAKING_TEST.replace("DIRECTORY", directory))
-    result = run(inner)
+    result = run(inner, *processes)
     result.assert_outcomes(passed=3)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     (line,) = [line for line in result.outlines if "first seen after" in line]

@@ -22,6 +22,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+pytestmark = pytest.mark.alone  # the kernel's caches are emptied
+
+
 @pytest.fixture(params=VARIANTS)
 def mount(request: pytest.FixtureRequest, make_socket_dir: Callable[[], Path]) -> Iterator[Served]:
     with serve(make_socket_dir(), **VARIANTS[request.param]) as served:
