@@ -50,7 +50,7 @@ class HeldKernel:
 
     def __init__(self, session: Session, gate: Gate) -> None:
         self._session, self._gate = session, gate
-        self.entries = 0
+        self.entries = self.page_drops = 0
 
     @property
     def is_gone(self) -> bool:
@@ -58,6 +58,7 @@ class HeldKernel:
 
     def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
         self._gate.pass_through()
+        self.page_drops += offset >= 0
         return self._session.invalidate_inode(node, offset, length)
 
     def invalidate_entry(self, parent: NodeId, name: bytes) -> bool:
@@ -88,7 +89,7 @@ class GrantingGuest:
         assert isinstance(self._mount._file_system, GrantingFileSystem)
         self.session, self.fs = self._mount._session, self._mount._file_system
         self.kernel = HeldKernel(self.session, self.gate)
-        self.recalls._kernel = self.kernel
+        self.recalls._kernel = self.recalls._pages._kernel = self.kernel
         return self
 
     def __exit__(self, *exc: object) -> None:

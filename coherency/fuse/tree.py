@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,7 +26,7 @@ from coherency.fuse.credentials import Credentials
 from coherency.fuse.locks import Locks
 from coherency.fuse.nodes import Borrowed, Node, NodeStore
 from coherency.fuse.session import QuickOperation, Reply
-from coherency.ids import HostInode
+from coherency.ids import HostInode, NodeId
 
 _O_NODE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -117,6 +118,8 @@ class Tree:
         self.kernel_cache = kernel_cache
         self.locks = Locks(self.most_lock_waits)
         self._files: dict[int, OpenFile] = {}
+        self._open_counts: dict[NodeId, int] = {}  # how many of these are of that node
+        self._counting = threading.Lock()
         self._next_fh = iter(range(1, 1 << 63)).__next__
 
     @property
@@ -180,6 +183,7 @@ class Tree:
     def add_file(self, file: OpenFile) -> int:
         fh = self._next_fh()
         self._files[fh] = file
+        self._count(file.node, 1)
         if file.node.fd < 0 <= file.fd:
             self.nodes.lend(file.node, file.fd)
         return fh
@@ -188,9 +192,24 @@ class Tree:
         """Forget it and close it; nothing happens if there is none."""
         file = self._files.pop(fh, None)
         if file is not None:
+            self._count(file.node, -1)
             if file.node.lent:
                 self.nodes.take_back(file.node, file.fd)
             file.close()
+
+    def _count(self, node: Node, more: int) -> None:
+        if node.kind != stat.S_IFREG:
+            return
+        with self._counting:
+            count = self._open_counts.get(node.id, 0) + more
+            if count:
+                self._open_counts[node.id] = count
+            else:
+                del self._open_counts[node.id]
+
+    def is_open(self, node: NodeId) -> bool:
+        """Whether the kernel has it as an open file, or mapped. Not for directories."""
+        return node in self._open_counts
 
     def open_node(self, node: Node, file: OpenFile | None) -> Borrowed:
         """A descriptor of the node; that of an open file of it, if there is one, since it may have no name any more."""

@@ -195,7 +195,7 @@ class GuestMount:
     ) -> None:
         pool = HelperPool.start(session, str(self._mountpoint))
         undo.callback(pool.close)
-        recalls = Recalls(sharer.grants, session, pool, danger=self.options.danger)
+        recalls = Recalls(sharer.grants, session, pool, is_open=file_system.is_open, danger=self.options.danger)
         undo.callback(recalls.close)
         undo.callback(sharer.wait_until_clean)
         undo.callback(file_system.stop_granting)

@@ -5,28 +5,25 @@ Dropping pages waits until those that are being read or written just now are don
 1. Who has got a lock reads what others wrote before they let it go: pages are dropped before the lock is answered (``Pages``).
    Only a few requests do so at a time. Who does not get his turn in time goes on without: the pages are then as good as
    without locks.
-2. Pages of what was recalled are dropped later, by a thread of its own (``RecalledPages``), and not before the inode has been left alone
-   for a moment. Who was told that a change is over may read just now, and his kernel ask for the size; if it is made to
-   forget something of the inode before it has taken the answer, it throws that away, and the read ends where the file ended
-   before.
+2. Pages of an open file that was recalled are dropped by a thread of its own (``RecalledPages``), which is waited for before the
+   ack, but only for a moment. The first thing that the kernel does is what makes it throw away the answers about this inode that are on
+   their way: who looks after the ack must not be met by that, or he is shown an old size or let in by old permissions. What
+   it may wait for comes after that. What is not open needs no such care: the next open drops its pages.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable
+from collections import deque
 from typing import Final, Protocol
 
 from coherency.ids import NodeId
 
 log = logging.getLogger(__name__)
 
-LEFT_ALONE_NS: Final = 20_000_000
-"""So long after the last recall of an inode: a reader that looked right after it has long got its answer."""
-AT_THE_LATEST_NS: Final = 1_000_000_000
-"""So long after the first recall, if there is one after the other: a mapping must not be old for ever."""
+PATIENCE_S: Final = 0.05
+"""How long an ack waits for pages: they take some microseconds, unless one of them is just being read or written."""
 _MOST_WAITING: Final = 1 << 16
 _CLOSE_S: Final = 1.0
 _MOST_AT_A_TIME: Final = 32
@@ -62,11 +59,12 @@ class Pages:
 class RecalledPages:
     """The pages of what was recalled (rule 2). Thread-safe; the thread ends with ``close``."""
 
-    def __init__(self, kernel: Kernel, *, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self._kernel, self._clock_ns = kernel, clock_ns
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
         self._changed = threading.Condition()
-        self._waiting: dict[NodeId, tuple[int, int]] = {}  # first recalled, to be dropped: the earliest first
-        self._closing = False
+        self._waiting: deque[NodeId] = deque()
+        self._given = self._done = 0
+        self._is_stuck = self._closing = False
         self._thread = threading.Thread(target=self._run, name="recalled-pages", daemon=True)
         self._thread.start()
 
@@ -74,36 +72,35 @@ class RecalledPages:
         """End the thread, unless it waits for I/O: then it ends with that. Before the mount goes."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join(_CLOSE_S)
 
-    def drop_later(self, node: NodeId) -> None:
-        """The inode was recalled."""
+    def drop(self, node: NodeId) -> None:
+        """Begin with it as soon as those that were given before are done."""
         with self._changed:
-            now_ns = self._clock_ns()
-            first_ns, _ = self._waiting.get(node, (now_ns, 0))
-            if now_ns + LEFT_ALONE_NS > first_ns + AT_THE_LATEST_NS:
-                return  # it keeps its time
-            if node not in self._waiting and len(self._waiting) >= _MOST_WAITING:
-                log.debug("the pages of node %d are not dropped", node)  # who reads finds another size or time, all the same
+            if len(self._waiting) >= _MOST_WAITING:  # who reads finds another size or time, all the same
+                log.debug("the pages of node %d are not dropped", node)
                 return
-            self._waiting.pop(node, None)
-            self._waiting[node] = (first_ns, now_ns + LEFT_ALONE_NS)
-            if len(self._waiting) == 1:  # else the thread waits for an earlier one
-                self._changed.notify()
+            self._waiting.append(node)
+            self._given += 1
+            self._changed.notify_all()
+
+    def await_begun(self) -> None:
+        """Until those that were given are done, or one of them has had so much time that it is waiting for I/O."""
+        with self._changed:
+            given = self._given
+            if not self._is_stuck:
+                self._is_stuck = not self._changed.wait_for(lambda: self._done >= given or self._closing, PATIENCE_S)
 
     def _run(self) -> None:
         while (node := self._next()) is not None:
             self._kernel.invalidate_inode(node, 0, 0)
+            with self._changed:
+                self._done += 1
+                self._is_stuck = False
+                self._changed.notify_all()
 
     def _next(self) -> NodeId | None:
-        """Waits for the next that is due; None: closing."""
         with self._changed:
-            while not self._closing:
-                node, (_, due_ns) = next(iter(self._waiting.items()), (None, (0, 0)))
-                wait_ns = due_ns - self._clock_ns()
-                if node is not None and wait_ns <= 0:
-                    del self._waiting[node]
-                    return node
-                self._changed.wait(None if node is None else wait_ns / 1e9)
-            return None
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            return None if self._closing else self._waiting.popleft()

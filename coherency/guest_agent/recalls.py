@@ -7,7 +7,7 @@
    lock of the directory, which a caller may hold whose change waits for this very recall.
 3. If names cannot be dropped in time, all names of the kernel are (INC_EPOCH), where it offers that. Else they are not
    forgotten, and nobody is told that they were: the lease decides.
-4. Pages are dropped some time afterwards (``coherency.guest_agent.pages``, rule 2).
+4. Pages of open files are dropped, too (``coherency.guest_agent.pages``, rule 2).
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ class Recalls:
         kernel: Kernel,
         helpers: Helpers,
         *,
+        is_open: Callable[[NodeId], bool],
         danger: str = "",
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.grants, self.danger, self._clock_ns = grants, danger, clock_ns
         self._kernel, self._helpers = kernel, helpers
-        self._pages = pages.RecalledPages(kernel, clock_ns=clock_ns)
+        self._is_open, self._pages = is_open, pages.RecalledPages(kernel)
 
     def close(self) -> None:
         """Before the mount goes."""
@@ -76,9 +77,12 @@ class Recalls:
     def carry_out(self, keys: Sequence[GrantKey]) -> bool:
         """The kernel forgets what was granted under these keys; no keys: everything. False: some names it may still have."""
         revoked = self.grants.revoke(keys) if keys else self.grants.revoke_everything()
+        opened = [thing.what for thing in revoked.nodes if self._is_open(thing.what)]
+        for node in opened:
+            self._pages.drop(node)
         forgotten = self._forget(revoked)
-        for thing in revoked.nodes:
-            self._pages.drop_later(thing.what)
+        if opened:
+            self._pages.await_begun()
         return forgotten
 
     def _forget(self, revoked: Revoked) -> bool:

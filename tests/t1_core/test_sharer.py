@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +10,9 @@ import pytest
 
 from coherency.fuse.codec import Request
 from coherency.guest_agent import grants as grants_module
+from coherency.guest_agent import pages
 from coherency.guest_agent import recalls as recalls_module
 from coherency.guest_agent.grants import GrantedName, Grants
-from coherency.guest_agent.pages import LEFT_ALONE_NS
 from coherency.guest_agent.recalls import MANY_NAMES, Recalls
 from coherency.guest_agent.sharer import Sharer
 from coherency.ids import Epoch, NodeId, SlotIndex
@@ -33,13 +32,9 @@ class Kernel:
 
     def __init__(self, happened: list[Any]) -> None:
         self.happened, self.has_epochs, self.is_gone = happened, False, False
-        self.pages: queue.Queue[NodeId] = queue.Queue()
 
     def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
-        if offset < 0:
-            self.happened.append(node)
-        else:
-            self.pages.put(node)
+        self.happened.append(node if offset < 0 else ("pages", node))
         return True
 
     def invalidate_entry(self, parent: NodeId, name: bytes) -> bool:
@@ -82,7 +77,10 @@ class World:
         self.has_room = True
         self.grants = Grants(clock_ns=lambda: self.now_ns)
         self.kernel, self.helpers = Kernel(self.happened), Helpers(self.happened)
-        self.recalls = Recalls(self.grants, self.kernel, self.helpers, danger=danger, clock_ns=lambda: self.now_ns)
+        self.opened: set[NodeId] = set()
+        self.recalls = Recalls(
+            self.grants, self.kernel, self.helpers, is_open=self.opened.__contains__, danger=danger, clock_ns=lambda: self.now_ns
+        )
         self.sharer = Sharer(self.grants, clock_ns=lambda: self.now_ns)
         self.channel: Any = SimpleNamespace(offer=self._offer, send=self._send, fileno=lambda: 33)
         self.connect()
@@ -125,8 +123,21 @@ def test_a_recall_is_acked_when_the_kernel_has_forgotten(world: World) -> None:
     world.grant(NAME)
     assert world.sharer.handle(Recall(SESSION, 1, KEYS)) is None
     assert world.happened == [NODE, [b"name"], Ack(SESSION, 1)]
-    world.now_ns += LEFT_ALONE_NS
-    assert world.kernel.pages.get(timeout=20) == NODE
+
+
+def test_pages_of_an_open_file_are_dropped_before_that(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "PATIENCE_S", 20)
+    world.grant(NAME)
+    world.opened.add(NODE)
+    assert world.sharer.handle(Recall(SESSION, 1, KEYS)) is None
+    assert sorted(map(str, world.happened[:-1])) == sorted(map(str, [NODE, ("pages", NODE), [b"name"]]))
+    assert world.happened[-1] == Ack(SESSION, 1)
+
+
+def test_of_what_is_not_open_there_are_none(world: World) -> None:
+    world.grant(NAME)
+    assert world.sharer.handle(Recall(SESSION, 1, KEYS)) is None
+    assert world.recalls._pages._given == 0
 
 
 def test_a_recall_of_everything(world: World) -> None:

@@ -1,4 +1,7 @@
-"""A read right after a change, on a descriptor that was open before: pages that are dropped in the background do not disturb it."""
+"""Who looks right after a change is shown it: nothing of the recall meets the question that the kernel asks for that.
+
+The kernel throws an answer away if it is told meanwhile to forget something of the inode, and goes on with what it had.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from coherency.fuse.abi import Opcode
-from coherency.guest_agent.pages import LEFT_ALONE_NS, RecalledPages
-from coherency.ids import NodeId
+from coherency.guest_agent import pages
+from coherency.ids import HostInode
 from tests.granting_guest import GrantingGuest, HeldOperation, InBackground
 from tests.guests import Host
 from tests.waiting import until
@@ -20,43 +23,43 @@ def host(make_socket_dir: Callable[[], Path]) -> Iterator[Host]:
         yield host
 
 
-class Hands:
-    """A guest's pages are dropped by hand."""
-
-    def __init__(self, guest: GrantingGuest) -> None:
-        self.now_ns = self.dropped = 0
-        self._kernel = guest.kernel
-        guest.recalls._pages.close()
-        guest.recalls._pages = RecalledPages(self, clock_ns=lambda: self.now_ns)
-
-    def invalidate_inode(self, node: NodeId, offset: int = -1, length: int = 0) -> bool:
-        done = self._kernel.invalidate_inode(node, offset, length)
-        self.dropped += 1
-        return done
-
-    def drop(self) -> None:
-        """Those of the one file that was recalled."""
-        self.now_ns += LEFT_ALONE_NS
-        until(lambda: self.dropped == 1)
+@pytest.fixture(scope="module")
+def guest(host: Host) -> Iterator[GrantingGuest]:
+    with GrantingGuest(host) as guest:
+        yield guest
 
 
-@pytest.mark.parametrize("dropped_at", ["after", "meanwhile"])
-def test_a_read_that_asks_for_the_size_gets_it(host: Host, dropped_at: str) -> None:
-    """Negative control: if pages are dropped while the kernel asks, it throws the answer away, and the file seems to end where it did."""
-    (host.export / dropped_at).write_text("file")
-    with GrantingGuest(host, dropped_at) as guest, open(guest.path / dropped_at, "rb", buffering=0) as file:
-        hands = Hands(guest)
+@pytest.mark.parametrize("told", ["before the change returns", "while it asks"])
+def test_a_read_that_asks_for_the_size_gets_it(guest: GrantingGuest, host: Host, monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    """Negative control: if the kernel is told while it asks, the file seems to end where it did."""
+    monkeypatch.setattr(pages, "PATIENCE_S", 20)
+    (host.export / told).write_text("file")
+    read: list[bytes] = []
+    with open(guest.path / told, "rb", buffering=0) as file:
+        node = guest.fs.nodes.known(HostInode(os.fstat(file.fileno()).st_ino))
+        assert node is not None
         guest.warm(lambda: os.pread(file.fileno(), 99, 0))
-        read: list[bytes] = []
         with HeldOperation(guest, Opcode.GETATTR) as gate:
-            with open(host.export / dropped_at, "a") as there:
+            before = guest.kernel.page_drops
+            with open(host.export / told, "a") as there:
                 there.write(" and more")
+            assert guest.kernel.page_drops == before + 1
             reader = InBackground(lambda: read.append(os.pread(file.fileno(), 99, 0)))
             gate.await_reached()
-            if dropped_at == "meanwhile":
-                hands.drop()
+            if told == "while it asks":
+                guest.session.invalidate_inode(node.id, 0, 0)
         reader.wait()
-        assert read == [b"file" if dropped_at == "meanwhile" else b"file and more"]
-        if dropped_at == "after":
-            hands.drop()
+        assert read == [b"file" if told == "while it asks" else b"file and more"]
         assert os.pread(file.fileno(), 99, 0) == b"file and more"
+    assert guest.kernel.page_drops == before + 1
+
+
+def test_what_is_not_open_has_no_pages_to_drop(guest: GrantingGuest, host: Host) -> None:
+    (host.export / "closed").write_text("file")
+    assert (guest.path / "closed").read_text() == "file"
+    guest.warm(lambda: os.stat(guest.path / "closed"))
+    until(lambda: not guest.fs._open_counts)  # the kernel tells some time after it was closed
+    before = guest.kernel.page_drops
+    (host.export / "closed").write_text("other")
+    assert (guest.path / "closed").read_text() == "other"
+    assert guest.kernel.page_drops == before
