@@ -107,10 +107,11 @@ def judge(
 ) -> Verdict:
     """Check everything. ``windows``: the faults, in their order; an unexplained error outside of them breaks a linearizable mode.
 
-    ``bound_ns``: for the modes that have one, besides the length of the longest call. ``delays``: of the
-    machine, in their order.
+    ``bound_ns``: for the modes that have one, besides the length of the longest call and the longest delay meanwhile.
+    ``delays``: of the machine, in their order.
     """
     registers = accesses(calls, initial)
+    faults = Faults(windows, delays)
     disturbed = [call for call in calls if call.is_disturbed]
     # An answer of the cache was fetched by an earlier call of that guest, and no call took longer than the longest one.
     bound_ns += _TICK_NS + max((call.end_ns - call.start_ns for call in calls), default=0)
@@ -119,7 +120,7 @@ def judge(
     for register, each in registers.items():
         ages = _staleness(register, each)
         stale += [age for age in ages if age]
-        finding = _FINDERS[promise](register, each, ages, bound_ns, calls)
+        finding = _FINDERS[promise](register, each, ages, bound_ns, calls, faults)
         if finding is not None:
             violations.append(_violation(str(register), finding.reason, [each.tag for each in finding.operations], calls))
     raced = races(calls)
@@ -127,7 +128,6 @@ def judge(
     if promise is Promise.LINEARIZABLE:  # in the others a kernel that believes in what is gone makes odd errors, too
         violations += [found for name, each in raced.items() if (found := _raced(name, each, calls)) is not None]
         errors = [found for call in disturbed if (found := _error(call, windows)) is not None]
-    faults = Faults(windows, delays)
     return Verdict(
         promise,
         (
@@ -207,7 +207,7 @@ def _matches(register: Register) -> Matches:
 
 
 def _bounded(
-    register: Register, each: Accesses, ages: list[int | None], bound_ns: int, calls: Sequence[Call]
+    register: Register, each: Accesses, ages: list[int | None], bound_ns: int, calls: Sequence[Call], faults: Faults
 ) -> Finding | None:
     for read, age in zip(each.reads, ages, strict=True):
         if _is_about_the_inode(calls[read.tag]):
@@ -216,10 +216,15 @@ def _bounded(
             if _is_misled(each, read, bound_ns, calls):
                 continue
             return Finding("saw what was never there", (read,))
-        if age > bound_ns:
+        if age <= bound_ns:
+            continue
+        # A machine that is late is so with the ticks, too, by which the kernel counts its timeouts.
+        delays = faults.delays_during(read.start_ns - age, read.end_ns)
+        allowed_ns = bound_ns + max((delay.late_ns for delay in delays), default=0)
+        if age > allowed_ns:
             current = [write for write in each.writes if write.start_ns <= read.start_ns - age][-1:]
             return Finding(
-                f"saw what had been overwritten {age / _SECOND_NS:.3f} s before, with {bound_ns / _SECOND_NS:.3f} s allowed",
+                f"saw what had been overwritten {age / _SECOND_NS:.3f} s before, with {allowed_ns / _SECOND_NS:.3f} s allowed",
                 (*_last_written(register, each.writes, read), *current, read),
             )
     return None
@@ -259,7 +264,7 @@ def _last_written(register: Register, writes: Sequence[Write], read: Read) -> li
     return [write for write in writes if write.start_ns <= read.end_ns and matches(read.seen, write.value)][-1:]
 
 
-_Finder: TypeAlias = Callable[[Register, Accesses, list[int | None], int, Sequence[Call]], Finding | None]
+_Finder: TypeAlias = Callable[[Register, Accesses, list[int | None], int, Sequence[Call], Faults], Finding | None]
 _FINDERS: Final[dict[Promise, _Finder]] = {
     Promise.LINEARIZABLE: _linearizable,
     Promise.BOUNDED: _bounded,

@@ -77,14 +77,15 @@ class Faults:
         return self._windows[first:last]
 
     def allowed_ns(self, call: Call) -> int:
-        return LONGEST_CALL_NS + sum(window.patience_ns(call) for window in self.during(call)) + self._late_ns(call)
+        late_ns = sum(delay.late_ns for delay in self.delays_during(call.start_ns, call.end_ns))
+        return LONGEST_CALL_NS + sum(window.patience_ns(call) for window in self.during(call)) + late_ns
 
-    def _late_ns(self, call: Call) -> int:
-        total_ns, place = 0, bisect_left(self._delay_ends, call.start_ns)
-        while place < len(self._delays) and self._delays[place].start_ns <= call.end_ns:
-            total_ns += self._delays[place].late_ns
-            place += 1
-        return total_ns
+    def delays_during(self, start_ns: int, end_ns: int) -> Sequence[Delay]:
+        """Those of the machine."""
+        first = last = bisect_left(self._delay_ends, start_ns)
+        while last < len(self._delays) and self._delays[last].start_ns <= end_ns:
+            last += 1
+        return self._delays[first:last]
 
 
 def longest_calls(calls: Sequence[Call], faults: Faults) -> dict[str, Longest]:

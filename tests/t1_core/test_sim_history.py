@@ -88,8 +88,13 @@ def stat_result(path: str, *, mode: int = INITIAL_MODE, uid: int = 0, size: int 
     return [100 + ATTRIBUTE_FILES.index(path), stat.S_IFREG | mode, uid, size, mtime, 1]
 
 
-def verdict(calls: Sequence[Call], promise: Promise = Promise.LINEARIZABLE, windows: Sequence[Window] = ()) -> Verdict:
-    return judge(calls, INITIAL, windows, promise)
+def verdict(
+    calls: Sequence[Call],
+    promise: Promise = Promise.LINEARIZABLE,
+    windows: Sequence[Window] = (),
+    delays: Sequence[Delay] = (),
+) -> Verdict:
+    return judge(calls, INITIAL, windows, promise, delays=delays)
 
 
 def seen(calls: Sequence[Call], what: str, path: str) -> list[Any]:
@@ -284,6 +289,19 @@ def test_auto_may_be_stale_for_its_timeout() -> None:
     assert [len(violation.calls) for violation in at(timeout_ms + 20).violations] == [2]
     never = [call(10, "stat", SIZED, result=stat_result(SIZED, size=77))]
     assert len(verdict(never, Promise.BOUNDED).violations) == 1
+
+
+def test_the_timeout_is_longer_on_a_machine_that_is_late() -> None:
+    timeout_ms = AUTO_TIMEOUT_NS // MS
+    late = [Delay(500 * MS, 600 * MS, 90 * MS), Delay(700 * MS, 800 * MS, 80 * MS)]
+    later = [Delay(2000 * MS, 2100 * MS, 90 * MS)]
+
+    def at(stale_ms: int, delays: list[Delay]) -> int:
+        look = call(11 + stale_ms, "stat", SIZED, result=stat_result(SIZED, size=0), guest=1)
+        return len(verdict([call(10, "truncate", SIZED, number=5), look], Promise.BOUNDED, delays=delays).violations)
+
+    assert [at(timeout_ms + more, late) for more in (20, 90, 120)] == [0, 0, 1]
+    assert at(timeout_ms + 20, later) == 1
 
 
 def test_auto_moves_what_it_believes_in() -> None:
