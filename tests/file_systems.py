@@ -15,14 +15,19 @@ _TIMEOUT_S = 60
 
 
 @contextlib.contextmanager
-def mounted(kind: str, at: Path, options: str = "") -> Iterator[Path]:
-    """A new file system of this kind on the directory ``at``; tmpfs needs no file, overlay takes its layers from ``options``."""
+def mounted(
+    kind: str, at: Path, options: str = "", *, size_bytes: int | None = None, make: tuple[str, ...] = ()
+) -> Iterator[Path]:
+    """A new file system of this kind on the directory ``at``, made with the options ``make`` of its mkfs.
+
+    tmpfs needs no file, overlay takes its layers from ``options``.
+    """
     image = at.parent / f"{at.name}.{kind}"
     arguments = ["-t", kind, "none"]
     if kind in _BYTES:
         with open(image, "wb") as file:
-            file.truncate(_BYTES[kind])
-        run(f"mkfs.{kind}", "-q", image)
+            file.truncate(size_bytes or _BYTES[kind])
+        run(f"mkfs.{kind}", "-q", *make, image)
         arguments = ["-t", kind, "-o", "loop", str(image)]
     if options:
         arguments += ["-o", options]

@@ -127,6 +127,7 @@ class Write(NamedTuple):
     offset: int
     write_flags: int
     data: memoryview
+    flags: int = 0  # those of open(2), as fcntl(2) has left them
 
 
 class Handle(NamedTuple):
@@ -313,11 +314,11 @@ def _read(view: memoryview) -> Read:
 
 
 def _write(view: memoryview) -> Write:
-    fh, offset, size, write_flags, *_ = abi.write_in.unpack_from(view)
+    fh, offset, size, write_flags, _, flags, _ = abi.write_in.unpack_from(view)
     data = view[abi.write_in.size : abi.write_in.size + size]
     if len(data) != size:
         raise FuseProtocolError(f"WRITE of {size} bytes with {len(data)}")
-    return Write(fh, offset, write_flags, data)
+    return Write(fh, offset, write_flags, data, flags)
 
 
 def _lock(view: memoryview) -> Lock:

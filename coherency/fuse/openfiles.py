@@ -5,6 +5,9 @@
 3. A change is ended whatever happens: also when the system call fails, and when only a part of it succeeded.
 4. What is only appended to does not go through the page cache of the caller's kernel, which would make two requests of a write
    that crosses the border of a page, and let somebody else's come in between. Such a file cannot be mapped anyway.
+5. Whether a write appends is as fcntl(2) has left it, which each WRITE tells. Pages of mmap go where they belong in any case.
+6. Pages are written as whoever has opened the file, since their requests tell nobody; and they are written all, or else it
+   is an error: of a part the kernel would not tell anybody.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from coherency.fuse.tree import Change, OpenFile, Tree, drop_set_ids
 _O_DROPPED: Final = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_NOFOLLOW | os.O_DIRECT | os.O_DIRECTORY
 _NO_ENTRY: Final = bytes(abi.entry_out.size + abi.attr.size)
 _LOCK_KINDS: Final = (fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK)
-_opening_writer: Final = threading.Lock()  # several threads write pages of one file
+_opening_other: Final = threading.Lock()  # several threads write pages of one file
 
 
 class FileOperations(Tree):
@@ -55,13 +58,13 @@ class FileOperations(Tree):
                     fd = os.open(syscalls.proc_path(at), flags)
             else:
                 fd = os.open(syscalls.proc_path(at), flags)
-        return (self._opened(fd, flags, node),)
+        return (self._opened(request, fd, flags, node),)
 
-    def _opened(self, fd: int, flags: int, node: Node) -> bytes:
+    def _opened(self, request: Request, fd: int, flags: int, node: Node) -> bytes:
         how = self.open_flags(node)
         if flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY | os.O_APPEND:
             how |= abi.FOPEN_DIRECT_IO  # rule 4
-        return replies.encode_open(self.add_file(OpenFile(fd, flags, node)), how)
+        return replies.encode_open(self.add_file(OpenFile(fd, flags, node, (request.uid, request.gid))), how)
 
     def create(self, request: Request) -> Reply:
         body: codec.Create = request.body
@@ -75,7 +78,7 @@ class FileOperations(Tree):
                 if body.flags & os.O_EXCL:
                     raise
                 raise OSError(errno.ESTALE, "the name exists by now: look again") from None
-            return self._created(fd, flags, parent, body.name, change)
+            return self._created(request, fd, flags, parent, body.name, change)
 
     def tmpfile(self, request: Request) -> Reply:
         body: codec.Create = request.body
@@ -85,9 +88,11 @@ class FileOperations(Tree):
             self.credentials.become(request.uid, request.gid, body.umask)
             exclusive = body.flags & os.O_EXCL  # it may never get a name
             fd = os.open(syscalls.proc_path(at), flags | os.O_TMPFILE | exclusive, stat.S_IMODE(body.mode))
-            return self._created(fd, flags, parent, b"", change)
+            return self._created(request, fd, flags, parent, b"", change)
 
-    def _created(self, fd: int, flags: int, parent: Node, name: bytes, change: Change) -> Reply:
+    def _created(
+        self, request: Request, fd: int, flags: int, parent: Node, name: bytes, change: Change
+    ) -> Reply:
         try:
             self.made(fd)
             status = os.fstat(fd)
@@ -99,7 +104,7 @@ class FileOperations(Tree):
             os.close(fd)
             raise
         entry = self.entry(node, replies.encode_attr(status, node.ino))
-        return entry, self._opened(fd, flags, node)
+        return entry, self._opened(request, fd, flags, node)
 
     def read(self, request: Request) -> Reply:
         body: codec.Read = request.body
@@ -107,24 +112,31 @@ class FileOperations(Tree):
 
     def write(self, request: Request) -> Reply:
         body: codec.Write = request.body
-        file = self.file(body.fh)
-        self.credentials.become(request.uid, request.gid)  # some space is kept for root
+        file, pages = self.file(body.fh), bool(body.write_flags & abi.WRITE_CACHE)
+        self.credentials.become(*(file.opener if pages else (request.uid, request.gid)))  # some space is kept for root
         with self.changing(request, file.node.ino):
             if body.write_flags & abi.WRITE_KILL_SUIDGID:
                 drop_set_ids(file.fd)
-            fd = file.fd
-            if body.write_flags & abi.WRITE_CACHE and file.flags & os.O_APPEND:
-                fd = self._page_writer(file)
-            count = os.pwrite(fd, body.data, body.offset)
+            if pages:
+                fd = self._writer(file, appends=False)
+                count = 0
+                while count < len(body.data):  # rule 6
+                    count += os.pwrite(fd, body.data[count:], body.offset + count)
+            else:
+                fd = self._writer(file, appends=bool(body.flags & os.O_APPEND) and not self.kernel_cache.writeback)
+                count = os.pwrite(fd, body.data, body.offset)
         return (replies.encode_written(count),)
 
     @staticmethod
-    def _page_writer(file: OpenFile) -> int:
-        """Pages of mmap go where they belong, also through a descriptor that appends."""
-        with _opening_writer:
-            if file.writer < 0:
-                file.writer = os.open(syscalls.proc_path(file.fd), os.O_WRONLY | os.O_CLOEXEC)
-            return file.writer
+    def _writer(file: OpenFile, *, appends: bool) -> int:
+        """Rule 5."""
+        if appends == bool(file.flags & os.O_APPEND):
+            return file.fd
+        with _opening_other:
+            if file.other_fd < 0:
+                flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_APPEND if appends else 0)
+                file.other_fd = os.open(syscalls.proc_path(file.fd), flags)
+            return file.other_fd
 
     def _drop_set_ids_for(self, request: Request, file: OpenFile) -> None:
         """For changes of data whose requests do not tell, as WRITE does, whether the caller may keep set-id bits."""

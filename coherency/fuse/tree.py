@@ -78,11 +78,12 @@ class Unwatched:
 class OpenFile:
     """What a file handle of the kernel stands for."""
 
-    __slots__ = ("fd", "flags", "listing", "lock_owners", "node", "position", "writer")
+    __slots__ = ("fd", "flags", "listing", "lock_owners", "node", "opener", "other_fd", "position")
 
-    def __init__(self, fd: int, flags: int, node: Node) -> None:
+    def __init__(self, fd: int, flags: int, node: Node, opener: tuple[int, int] = (0, 0)) -> None:
         self.fd, self.flags, self.node = fd, flags, node
-        self.writer = -1  # for pages of mmap, if ``fd`` appends
+        self.opener = opener  # uid and gid
+        self.other_fd = -1  # appends if ``fd`` does not, and the other way round; made when it is needed
         self.position = 0  # of a directory stream
         self.listing: list[bytes] | None = None  # a whole directory, if it was read at once
         self.lock_owners: set[int] = set()  # who has asked for fcntl locks through it
@@ -92,8 +93,8 @@ class OpenFile:
             if self.fd >= 0:
                 os.close(self.fd)
         finally:
-            if self.writer >= 0:
-                os.close(self.writer)
+            if self.other_fd >= 0:
+                os.close(self.other_fd)
 
 
 class Tree:

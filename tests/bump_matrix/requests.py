@@ -63,7 +63,7 @@ def write(
     desk: Desk, path: str, offset: int, data: bytes, *, flags: int = os.O_WRONLY, write_flags: int = 0
 ) -> Request:
     fh = desk.open(path, flags)
-    return desk.request(Opcode.WRITE, path, codec.Write(fh, offset, write_flags, memoryview(data)))
+    return desk.request(Opcode.WRITE, path, codec.Write(fh, offset, write_flags, memoryview(data), flags))
 
 
 def fallocate(desk: Desk, path: str, mode: int, offset: int, length: int, *, uid: int = 0) -> Request:

@@ -3,6 +3,7 @@
 On a local file system these are two mounts of one tree (a bind mount), and so of one kernel. Guests have caches of their own.
 """
 
+import fcntl
 import mmap
 import os
 import time
@@ -98,6 +99,17 @@ def both_append_and_nothing_is_lost(here: Path, there: Path) -> None:
     assert sorted(lines) == sorted(f"{name}:{number}:" for name in "01" for number in range(TRIES))
     for name in "01":  # and each one's in its order
         assert [line for line in lines if line.startswith(name)] == [f"{name}:{number}:" for number in range(TRIES)]
+
+
+def who_appends_since_fcntl_does_as_well(here: Path, there: Path) -> None:
+    with opened(here / "f") as fd, opened(there / "f", os.O_WRONLY) as other:
+        os.write(fd, b"12345")
+        for each in (fd, other):
+            fcntl.fcntl(each, fcntl.F_SETFL, os.O_APPEND)
+        os.write(other, b"67890")
+        os.write(fd, b"one")
+        os.write(other, b"other")
+        assert (here / "f").read_bytes() == (there / "f").read_bytes() == b"1234567890oneother"
 
 
 def one_file_has_one_number(here: Path, there: Path) -> None:
@@ -326,7 +338,7 @@ def moved_between_mounts(here: Path, there: Path) -> None:
 
 SCENARIOS: list[Between] = [
     of_two_who_create_exclusively_one_does, of_two_who_make_a_directory_one_does, of_two_who_link_one_does,
-    of_two_who_remove_one_does, of_two_who_rename_away_one_does, both_append_and_nothing_is_lost, one_file_has_one_number,
+    of_two_who_remove_one_does, of_two_who_rename_away_one_does, both_append_and_nothing_is_lost, who_appends_since_fcntl_does_as_well, one_file_has_one_number,
     what_is_written_is_read, unlinked_there_it_goes_on_here, replaced_there_it_goes_on_here, moved_there_it_is_used_here,
     a_replaced_name_is_always_there, removed_there_it_is_empty_here, other_kinds_under_the_same_name, exchanged_there,
     permissions_are_those_of_now, directories_are_closed_at_once, attributes_are_those_of_now, set_id_bits_go_for_both,

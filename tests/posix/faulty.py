@@ -117,9 +117,8 @@ class Faulty(Passthrough):
             return entries[:49] + entries[50:]
         return entries
 
-    def _lower_flags(self, flags: int) -> int:
-        flags = super()._lower_flags(flags)
-        return flags & ~os.O_APPEND if self.fault == "believes the kernel's offset" else flags
+    def _writer(self, file: OpenFile, *, appends: bool) -> int:
+        return super()._writer(file, appends=appends and self.fault != "believes the kernel's offset")
 
 
 class Server:

@@ -182,6 +182,17 @@ def appending_can_be_switched(d: Path) -> None:
         fcntl.fcntl(fd, fcntl.F_SETFL, 0)
         os.pwrite(fd, b"X", 0)
         assert os.pread(fd, 99, 0) == b"X2345end"
+    for name, flags in (("log", os.O_WRONLY), ("book", os.O_RDWR)):
+        with opened(d / name, flags | os.O_CREAT | os.O_APPEND) as fd:
+            os.write(fd, b"12345")
+            fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+            os.pwrite(fd, b"X", 1)
+            os.lseek(fd, 3, os.SEEK_SET)
+            os.write(fd, b"YZ!")
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(fd, b"end")
+            assert (d / name).read_bytes() == b"1X3YZ!end"
 
 
 def several_append_to_one_file(d: Path) -> None:

@@ -58,7 +58,11 @@ EXAMPLES: list[tuple[str, bytes, Any]] = [
     ("READ", request("READ", fh=1, offset=BIG, size=3, read_flags=4, lock_owner=5, flags=6), codec.Read(1, BIG, 3)),
     ("READDIR", request("READDIR", fh=1, offset=BIG, size=3), codec.Read(1, BIG, 3)),
     ("READDIRPLUS", request("READDIRPLUS", fh=1, offset=2, size=3), codec.Read(1, 2, 3)),
-    ("WRITE", request("WRITE", b"data", fh=1, offset=2, size=4, write_flags=5), codec.Write(1, 2, 5, memoryview(b"data"))),
+    (
+        "WRITE",
+        request("WRITE", b"data", fh=1, offset=2, size=4, write_flags=5, lock_owner=6, flags=7),
+        codec.Write(1, 2, 5, memoryview(b"data"), 7),
+    ),
     ("FLUSH", request("FLUSH", fh=1, lock_owner=2), codec.Flush(1, 2)),
     ("RELEASE", request("RELEASE", fh=1, flags=2, release_flags=3, lock_owner=4), codec.Handle(1)),
     ("RELEASEDIR", request("RELEASEDIR", fh=BIG), codec.Handle(BIG)),

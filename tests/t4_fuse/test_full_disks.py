@@ -9,6 +9,7 @@ import mmap
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -20,23 +21,23 @@ from coherency.fuse import syscalls
 from coherency.fuse.credentials import Credentials
 from tests.bump_matrix.calls import CALLS, Place
 from tests.bump_matrix.ground import USER, lay
+from tests.file_systems import mounted, run
 from tests.guests import Host
-from tests.small_disks import disk, run, tmpfs
 from tests.snapshots import assert_same_tree
 
 MIB = 1 << 20
 PLACES = {"strict": "other", "access": "dir/inner", "export": "into/taken"}
 """From where, and a small file for each."""
-DISKS: dict[str, Callable[[Path], AbstractContextManager[None]]] = {
-    "tmpfs": lambda at: tmpfs(at, "size=2m,nr_inodes=120"),
-    "ext4": lambda at: disk("ext4", at, 12 * MIB, "-m", "0", "-N", "64"),
+DISKS: dict[str, Callable[[Path], AbstractContextManager[Path]]] = {
+    "tmpfs": lambda at: mounted("tmpfs", at, "size=2m,nr_inodes=120"),
+    "ext4": lambda at: mounted("ext4", at, size_bytes=12 * MIB, make=("-m", "0", "-N", "64")),
 }
 
 
 class Stage:
     """A small share and who uses it. What is compared lies in `tree`."""
 
-    def __init__(self, directory: Path, make: Callable[[Path], AbstractContextManager[None]], undo: ExitStack) -> None:
+    def __init__(self, directory: Path, make: Callable[[Path], AbstractContextManager[Path]], undo: ExitStack) -> None:
         self.host = host = Host(directory)
         undo.enter_context(make(host.share))
         (host.share / "tree").mkdir()
@@ -152,6 +153,21 @@ def test_what_is_written_in_part_has_its_true_size_everywhere(full: Stage, place
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_pages_of_which_only_some_could_be_written_are_told(full: Stage, place: str) -> None:
+    """A kernel does not look at how much of its pages was written: it must be all, or an error."""
+    with open(full.host.share / "ballast/empty-0", "rb+", buffering=0) as ballast:
+        ballast.truncate(ballast.seek(0, os.SEEK_END) - 4 * mmap.PAGESIZE)
+        syscalls.syncfs(ballast.fileno())
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            WANT_SPACE["mmap"](full.roots[place] / "tree")
+        ballast.seek(0, os.SEEK_END)
+        with contextlib.suppress(OSError):
+            while ballast.write(bytes(512)):
+                pass
+    full.assert_agreed()
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_what_makes_room_works(full: Stage, place: str) -> None:
     """On a full disk names can be taken away and files cut, through a guest, and then there is room."""
     ballast = full.roots[place] / "ballast"
@@ -168,7 +184,7 @@ def test_what_makes_room_works(full: Stage, place: str) -> None:
 @pytest.fixture(scope="module")
 def read_only(make_socket_dir: Callable[[], Path]) -> Iterator[Stage]:
     with ExitStack() as undo:
-        stage = Stage(make_socket_dir(), lambda at: tmpfs(at, "size=4m"), undo)
+        stage = Stage(make_socket_dir(), lambda at: mounted("tmpfs", at, "size=4m"), undo)
         stage.assert_agreed()
         run("mount", "-o", "remount,ro", stage.host.share)
         yield stage
@@ -198,7 +214,7 @@ def test_a_share_that_became_read_only_is_still_shown(read_only: Stage) -> None:
 def test_a_quota_is_told(socket_dir: Path) -> None:
     host = Host(socket_dir)
     with ExitStack() as undo:
-        undo.enter_context(disk("btrfs", host.share, 128 * MIB))
+        undo.enter_context(mounted("btrfs", host.share))
         run("btrfs", "quota", "enable", host.share)
         undo.enter_context(host)
         roots = host.mount("strict", "strict"), host.mount("access")
@@ -211,9 +227,11 @@ def test_a_quota_is_told(socket_dir: Path) -> None:
         assert host.status()["changes_in_flight"] == 0
 
 
+@pytest.mark.expected_logs("dirty pages of .* could not be written: .*No space left")
+@pytest.mark.parametrize("how", ["written", "stored"])
 @pytest.mark.parametrize("bound", [True, False])
 def test_what_is_reserved_for_root_is_left_alone(
-    socket_dir: Path, monkeypatch: pytest.MonkeyPatch, bound: bool
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch, bound: bool, how: str
 ) -> None:
     """A user fills the disk through the export, which is served by root. The case in which it remains root is the control."""
     if not bound:
@@ -221,17 +239,40 @@ def test_what_is_reserved_for_root_is_left_alone(
     share = socket_dir / "share"
     share.mkdir()
     with ExitStack() as undo:
-        undo.enter_context(disk("ext4", share, 8 * MIB, "-m", "20"))
-        (share / "of-user").touch()
-        os.chown(share / "of-user", USER, USER)
+        undo.enter_context(mounted("ext4", share, size_bytes=8 * MIB, make=("-m", "20")))
+        share.chmod(0o777)
         service = Service(ServiceOptions(share, "test", socket_dir / "run"))
         service.start()
         undo.callback(service.close)
-        with open(service.directory.export / "of-user", "wb") as file:  # a user does not get here by name
-            done = subprocess.run(
-                ["dd", "if=/dev/zero", "bs=64k"], stdout=file, stderr=subprocess.PIPE,
-                user=USER, group=USER, extra_groups=[], env={"LC_ALL": "C"}, text=True, timeout=60, check=False,
-            )  # fmt: skip
+        at = os.open(service.directory.export, os.O_RDONLY)  # a user does not get here by name
+        undo.callback(os.close, at)
+        done = subprocess.run(
+            [sys.executable, "-c", BECOME + FILL[how], f"/proc/self/fd/{at}/file", str(USER)], stderr=subprocess.PIPE, pass_fds=[at],
+            env={"LC_ALL": "C"}, text=True, timeout=60, check=False,
+        )  # fmt: skip
         assert os.strerror(errno.ENOSPC) in done.stderr
         left = os.statvfs(share)
         assert (left.f_bfree * left.f_frsize > MIB) == bound
+
+
+BECOME = """
+import mmap, os, sys
+os.setgroups([])
+os.setresgid(*[int(sys.argv[2])] * 3)
+os.setresuid(*[int(sys.argv[2])] * 3)
+"""
+FILL = {
+    "written": """
+with open(sys.argv[1], "wb", buffering=0) as file:
+    while True:
+        file.write(bytes(65536))
+""",
+    "stored": """
+with open(sys.argv[1], "wb+") as file:
+    file.truncate(8 << 20)
+    with mmap.mmap(file.fileno(), 0) as pages:
+        for at in range(0, len(pages), 65536):
+            pages[at : at + 65536] = b"x" * 65536
+            pages.flush(at, 65536)
+""",
+}
