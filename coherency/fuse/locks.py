@@ -13,7 +13,7 @@
 5. A lock that ends with its handle is still there for a moment when close has returned. Who finds a lock in the way and does
    not want to wait is not told so before the handles of the file that were closed just now are released, or too long in it.
 6. Whoever has to wait takes no lock of this module along, waits on a descriptor of its own, and begins anew if meanwhile the
-   owner has left the description that this belongs to.
+   owner has left the description that this belongs to. What it gets counts when it is noted under the owner's lock.
 
 Source: fcntl(2), flock(2), fs/fuse/file.c.
 """
@@ -93,6 +93,11 @@ class Pieces:
         run += pieces[last : last + 1]
         pieces[max(first - 1, 0) : last + 1] = _joined(run)
 
+    def would_split(self, new: Piece) -> bool:
+        """Whether something of one piece is left on both sides."""
+        around = self.at(new.start)
+        return around is not None and around.start < new.start and new.end < around.end
+
     def at(self, offset: int) -> Piece | None:
         """The piece that this byte is in."""
         index = bisect_left(self._pieces, offset, key=_end)
@@ -127,7 +132,8 @@ class _Owner:
         writes = file.flags & os.O_ACCMODE != os.O_RDONLY
         if self.fd >= 0 and (self.writes or not writes):
             return
-        fd = _open_again(file.fd, os.O_RDWR if writes else os.O_RDONLY)
+        # Some files can only be opened to append: chattr(1).
+        fd = _open_again(file.fd, os.O_RDWR | file.flags & os.O_APPEND if writes else os.O_RDONLY)
         try:
             for start, end, kind, _, _ in self.pieces:
                 syscalls.lock(fd, fcntl.F_OFD_SETLK, kind, start, end)
@@ -139,8 +145,12 @@ class _Owner:
 
     def set(self, piece: Piece) -> bool:
         """False if somebody else has locked some of it."""
-        if len(self.pieces) >= _MOST_PIECES and piece.kind != fcntl.F_UNLCK:
+        if len(self.pieces) >= _MOST_PIECES and (piece.kind != fcntl.F_UNLCK or self.pieces.would_split(piece)):
             raise OSError(errno.ENOLCK, f"one owner has locked {_MOST_PIECES} pieces of one file")
+        return self.take(piece)
+
+    def take(self, piece: Piece) -> bool:
+        """The same, however many pieces it has locked."""
         try:
             syscalls.lock(self.fd, fcntl.F_OFD_SETLK, piece.kind, piece.start, piece.end)
         except (BlockingIOError, PermissionError):  # fcntl(2) allows both
@@ -279,21 +289,20 @@ class Locks:
             waiting.arm()
             mine, description = os.dup(owner.fd), owner.descriptions
             owner.waits.add(waiting)
-        granted = left = False
         try:
             granted = waiting.call(
                 partial(syscalls.lock, mine, fcntl.F_OFD_SETLKW, wanted.kind, wanted.start, wanted.end)
             )
+            with owner.lock:
+                if owner.descriptions == description:  # once more: another thread may have unlocked it meanwhile
+                    return granted and owner.take(wanted)
+            if granted:
+                _unlock(mine)
+            return False
         finally:
             with owner.lock:
                 owner.waits.discard(waiting)
-                left = owner.descriptions != description
-                if granted and not left:
-                    owner.pieces.put(wanted)
-            if granted and left:
-                _unlock(mine)
             os.close(mine)
-        return granted and not left
 
     def _has_let_go(self, node_id: NodeId) -> bool:
         """Whether somebody may have, since he seemed to be about to (rule 5)."""

@@ -5,7 +5,7 @@ import fcntl
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,18 @@ def test_what_is_no_lock(ground: Ground, kind: int, start: int, end: int) -> Non
     assert ground.lock(ground.open(), FIRST, kind, start, end) == errno.EINVAL
 
 
+def test_pieces_are_bounded_also_when_they_come_of_unlocking(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_MOST_PIECES", 3)
+    mine = ground.open()
+    assert ground.lock(mine, FIRST, W, 0, 99) == 0
+    for offset in (10, 20):
+        assert ground.lock(mine, FIRST, U, offset, offset) == 0
+    for kind in (U, R, W):
+        assert ground.lock(mine, FIRST, kind, 30, 30) == errno.ENOLCK
+    assert ground.lock(mine, FIRST, U, 5, 40) == 0  # it is fewer now
+    assert ground.lock(mine, FIRST, U, 50, 50) == 0
+
+
 @pytest.mark.parametrize("api", ["ofd", "flock"])
 @pytest.mark.parametrize("patient", [True, False])
 def test_what_was_closed_just_now_is_not_in_the_way(
@@ -191,6 +203,33 @@ def test_what_waits_is_interrupted_and_nothing_else_is(ground: Ground) -> None:
     ground.kernel.send(request("SETLK", unique=1000, node=ground.node, **ground.fields(mine, FIRST, U)))
     assert {answer.unique: answer.error for answer in (ground.kernel.receive(), ground.kernel.receive())} == {1000: 0, second: 0}
     assert ground.lock(mine, FIRST, W, 0, 9) == 0
+
+
+def test_who_has_got_it_when_another_thread_of_the_owner_unlocks_has_not_got_it(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the kernel's answer and our note of it: nobody is told of a lock that is not there, and none is noted."""
+    mine, other = ground.open(), ground.open()
+    assert ground.lock(mine, FIRST, W) == 0
+    granted, go_on, call = threading.Event(), threading.Event(), waits.Wait.call
+
+    def call_and_pause(wait: waits.Wait, function: Callable[[], object]) -> bool:
+        done = call(wait, function)
+        granted.set()
+        assert go_on.wait(30)
+        return done
+
+    monkeypatch.setattr(waits.Wait, "call", call_and_pause)
+    waiting = ground.begin_to_wait(other, SECOND, W)
+    assert ground.lock(mine, FIRST, U) == 0
+    assert granted.wait(30)
+    assert ground.lock(other, SECOND, U) == 0
+    assert ground.lock(mine, FIRST, W) == 0
+    go_on.set()
+    until(lambda: waiting_for(ground.path) == 1)
+    ground.kernel.send(request("SETLK", unique=1000, node=ground.node, **ground.fields(mine, FIRST, U)))
+    assert {answer.unique: answer.error for answer in (ground.kernel.receive(), ground.kernel.receive())} == {1000: 0, waiting: 0}
+    assert ground.holder(mine, FIRST) == (W, 100 + SECOND)
 
 
 def test_a_wait_ends_with_its_connection(tmp_path: Path) -> None:
