@@ -127,8 +127,7 @@ class FileOperations(Tree):
                 count = os.pwrite(fd, body.data, body.offset)
         return (replies.encode_written(count),)
 
-    @staticmethod
-    def _writer(file: OpenFile, *, appends: bool) -> int:
+    def _writer(self, file: OpenFile, *, appends: bool) -> int:
         """Rule 5."""
         if appends == bool(file.flags & os.O_APPEND):
             return file.fd

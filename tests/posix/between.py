@@ -338,9 +338,10 @@ def moved_between_mounts(here: Path, there: Path) -> None:
 
 SCENARIOS: list[Between] = [
     of_two_who_create_exclusively_one_does, of_two_who_make_a_directory_one_does, of_two_who_link_one_does,
-    of_two_who_remove_one_does, of_two_who_rename_away_one_does, both_append_and_nothing_is_lost, who_appends_since_fcntl_does_as_well, one_file_has_one_number,
-    what_is_written_is_read, unlinked_there_it_goes_on_here, replaced_there_it_goes_on_here, moved_there_it_is_used_here,
-    a_replaced_name_is_always_there, removed_there_it_is_empty_here, other_kinds_under_the_same_name, exchanged_there,
-    permissions_are_those_of_now, directories_are_closed_at_once, attributes_are_those_of_now, set_id_bits_go_for_both,
+    of_two_who_remove_one_does, of_two_who_rename_away_one_does, both_append_and_nothing_is_lost,
+    who_appends_since_fcntl_does_as_well, one_file_has_one_number, what_is_written_is_read, unlinked_there_it_goes_on_here,
+    replaced_there_it_goes_on_here, moved_there_it_is_used_here, a_replaced_name_is_always_there,
+    removed_there_it_is_empty_here, other_kinds_under_the_same_name, exchanged_there, permissions_are_those_of_now,
+    directories_are_closed_at_once, attributes_are_those_of_now, set_id_bits_go_for_both,
     memory_that_was_written_back_is_seen, listings_go_on_while_the_other_works, moved_between_mounts,
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from coherency.fuse.passthrough import Passthrough
 from coherency.guest_agent.filesystem import CachingFileSystem
 from coherency.guest_agent.mount import GuestMount, MountOptions
 from coherency.guest_agent.pages import Pages
+from tests.file_systems import mounted, run
 from tests.guests import Host
 from tests.locker import Locker, waiting_for
 from tests.mounts import detach
@@ -165,6 +166,20 @@ def test_a_lock_needs_the_access(pair: Pair) -> None:
         pair.one.lock("posix", mine, "exclusive")
     assert pair.one.lock("posix", mine, "shared")
     assert pair.one.lock("flock", mine, "exclusive")
+
+
+def test_what_may_only_be_appended_to_can_be_locked(socket_dir: Path) -> None:
+    """By chattr(1): the description below must be one that appends, too."""
+    host = Host(socket_dir)
+    with mounted("ext4", host.share), host, Locker() as one, Locker() as two:
+        log = host.share / "log"
+        log.touch()
+        run("chattr", "+a", log)
+        mine = one.open(f"{host.mount('guest', 'strict')}/log", os.O_WRONLY | os.O_APPEND)
+        theirs = two.open(f"{host.export}/log", os.O_WRONLY | os.O_APPEND)
+        assert one.lock("posix", mine, "exclusive")
+        assert not two.lock("posix", theirs, "exclusive")
+        run("chattr", "-a", log)
 
 
 # ---- whose a lock is, and how long ----
