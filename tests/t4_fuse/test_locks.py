@@ -363,18 +363,22 @@ def host(socket_dir: Path) -> Iterator[Host]:
         yield host
 
 
-@pytest.mark.parametrize("api", ["posix", "ofd", "flock"])
-def test_an_agent_that_is_killed_has_no_locks(host: Host, api: str) -> None:
+def test_an_agent_that_is_killed_has_no_locks(host: Host) -> None:
     guest, other = host.mount("guest", "strict"), host.mount("other", "access")
     (host.share / "file").write_text("text")
+    each = (("posix", 0, 1), ("ofd", 1, 1), ("flock", 0, 0))
     with Locker() as one, Locker() as two, Locker() as waiting:
-        one.lock(api, one.open(f"{guest}/file"), "exclusive")
-        waiting.begin("lock", api, waiting.open(f"{guest}/file"), "exclusive", 0, 0, True)
+        mine, theirs = one.open(f"{guest}/file"), two.open(f"{other}/file")
+        for api, start, length in each:
+            assert one.lock(api, mine, "exclusive", start, length)
+        waiting.begin("lock", "posix", waiting.open(f"{guest}/file"), "exclusive", 0, 0, True)
         until(lambda: waiting_for(host.share / "file") == 1)
-        theirs = two.open(f"{other}/file")
-        assert not two.lock(api, theirs, "exclusive")
+        for api, start, length in each:
+            assert not two.lock(api, theirs, "exclusive", start, length)
         host.guests.pop("guest").kill()
-        until(lambda: two.lock(api, theirs, "exclusive"))
+        for api, start, length in each:
+            until(lambda lock=(api, theirs, "exclusive", start, length): two.lock(*lock))  # type: ignore[misc]
+        assert waiting_for(host.share / "file") == 0
         with pytest.raises(OSError, match="|".join(map(os.strerror, (errno.ENOTCONN, errno.ECONNABORTED)))):
             waiting.answer()
     detach(guest)
@@ -500,21 +504,23 @@ def rewrite(path: Path, text: str) -> None:
 @pytest.mark.parametrize("mode", ["access", "none", "auto", "always"])
 @pytest.mark.parametrize("api", ["posix", "flock"])
 def test_who_has_got_a_lock_reads_what_was_written_before(
-    host: Host, monkeypatch: pytest.MonkeyPatch, mode: str, api: str
+    places: Places, monkeypatch: pytest.MonkeyPatch, mode: str, api: str
 ) -> None:
-    writer = host.mount("writer", "access")
-    (host.share / "file").write_text("old")
-    with guests_in_this_process(host, mode) as (here, there), Locker() as reader:
+    name, reader = f"file-{next(numbers)}", places.locker("in this process", 1)
+    written = places.roots["access"] / name
+    written.write_text("old")
+    with guests_in_this_process(places.host, mode) as (here, there):
         for root in (here, there):
-            fd = reader.open(f"{root}/file")
+            fd = reader.open(f"{root}/{name}")
             assert reader.read(fd, 3) == "old"
             if root == there:  # the control
                 monkeypatch.setattr(Pages, "drop", lambda *arguments: None)
-            rewrite(writer / "file", "new")
+            rewrite(written, "new")
             assert reader.lock(api, fd, "shared")
             assert reader.read(fd, 3) == ("old" if root == there else "new")
             assert reader.lock(api, fd, "unlock")
-            rewrite(writer / "file", "old")
+            rewrite(written, "old")
+        reader.close_all()
 
 
 # ---- controls ----
@@ -525,7 +531,7 @@ def guests_in_this_process(host: Host, mode: str = "access") -> Iterator[tuple[P
     with ExitStack() as undo:
         roots = host.directory / "here", host.directory / "there"
         for root in roots:
-            root.mkdir()
+            root.mkdir(exist_ok=True)
             mount = GuestMount(MountOptions(host.name, root, host.runtime_dir, mode))
             mount.start()
             undo.callback(mount.close)
@@ -535,15 +541,19 @@ def guests_in_this_process(host: Host, mode: str = "access") -> Iterator[tuple[P
 @pytest.mark.parametrize("api", ["posix", "ofd", "flock"])
 @pytest.mark.parametrize("forwarded", [True, False])
 def test_without_the_flags_two_guests_have_it_both(
-    host: Host, monkeypatch: pytest.MonkeyPatch, forwarded: bool, api: str
+    places: Places, monkeypatch: pytest.MonkeyPatch, forwarded: bool, api: str
 ) -> None:
     """The control of all of the above."""
     if not forwarded:
         flags = Passthrough.init_flags.fget  # type: ignore[attr-defined]
         kept = ~(InitFlag.POSIX_LOCKS | InitFlag.FLOCK_LOCKS)
         monkeypatch.setattr(CachingFileSystem, "init_flags", property(lambda self: flags(self) & kept))
-    (host.share / "file").write_text("text")
-    with guests_in_this_process(host) as (here, there), Locker() as one, Locker() as two:
-        assert one.lock(api, one.open(f"{here}/file"), "exclusive")
-        assert two.lock(api, two.open(f"{there}/file"), "exclusive") != forwarded
-        assert not two.lock(api, two.open(f"{here}/file"), "exclusive")
+    name = f"file-{next(numbers)}"
+    (places.host.share / name).write_text("text")
+    one, two = places.locker("in this process", 1), places.locker("in this process", 2)
+    with guests_in_this_process(places.host) as (here, there):
+        assert one.lock(api, one.open(f"{here}/{name}"), "exclusive")
+        assert two.lock(api, two.open(f"{there}/{name}"), "exclusive") != forwarded
+        assert not two.lock(api, two.open(f"{here}/{name}"), "exclusive")
+        one.close_all()
+        two.close_all()
