@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import select
+import signal
 import socket
 import stat
 import struct
@@ -21,7 +22,7 @@ from tests.passthrough import eventually
 from tests.posix.asking import made, mode, wait_for_a_later_time
 from tests.posix.contents import signal_that_ends
 from tests.posix.programs import program
-from tests.scenarios.comparing import UserProcess, attempt
+from tests.scenarios.comparing import UserProcess, as_user, attempt
 from tests.scenarios.files import BLOCK, fallocate, opened
 
 PAGE: Final = mmap.PAGESIZE
@@ -122,6 +123,34 @@ def a_store_to_memory_sets_the_times(d: Path) -> bool:
             wait_for_a_later_time(d / "f")
             memory[0] = 1
             return os.fstat(fd).st_mtime_ns != before
+
+
+def a_store_to_memory_is_data(d: Path) -> list[Any]:
+    """To SEEK_DATA, before and after the page is written back."""
+    with opened(d / "f") as fd:
+        os.ftruncate(fd, 4 * PAGE)
+        with mmap.mmap(fd, 4 * PAGE) as memory:
+            memory[2 * PAGE] = 1
+            before = attempt(os.lseek, fd, 0, os.SEEK_DATA)
+            memory.flush()
+            return [before, attempt(os.lseek, fd, 0, os.SEEK_DATA)]
+
+
+def a_store_to_memory_leaves_capabilities(d: Path) -> bool:
+    """As opposed to a write, which takes them away."""
+    (d / "f").write_bytes(bytes(PAGE))
+    os.setxattr(d / "f", "security.capability", struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0))
+    with opened(d / "f", os.O_RDWR) as fd, mmap.mmap(fd, PAGE) as memory:
+        memory[0] = 1
+        memory.flush()
+    return attempt(os.getxattr, d / "f", "security.capability") != "ENODATA"
+
+
+def set_gid_without_execution_goes_with_a_group_one_is_not_in(d: Path) -> str:
+    """Its owner, who was not of the file's group, gives it to another group."""
+    made(d / "f", 0o2644, 1001, 5000)
+    assert as_user(d, lambda: os.chown("f", -1, 1002)) is None
+    return oct(mode(d / "f"))
 
 
 def devices_can_be_opened(d: Path) -> str:
@@ -256,6 +285,30 @@ def the_offset_is_where_it_was_appended(here: Path, there: Path) -> int:
         return os.lseek(one, 0, os.SEEK_CUR)
 
 
+def one_call_appends_at_the_end(here: Path, there: Path) -> bytes:
+    """RWF_APPEND, by which a call appends whose descriptor does not."""
+    with opened(here / "f") as one, opened(there / "f", os.O_RDWR) as other:
+        for fd, what in ((one, b"12345"), (other, b"67890"), (one, b"x")):
+            os.pwritev(fd, [what], 0, os.RWF_APPEND)
+    return (there / "f").read_bytes()
+
+
+def a_lease_keeps_others_from_opening(here: Path, there: Path) -> str:
+    """F_SETLEASE; others are opened as soon as it is given back."""
+    (here / "f").touch()
+
+    def work(pause: Callable[[], None]) -> None:
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        with opened(Path("f"), os.O_RDONLY) as fd:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            pause()
+
+    found: list[str] = []
+    with Elsewhere(here, work, uid=0, gid=0) as process:
+        process.while_it_waits(lambda: found.append(outcome(os.open, there / "f", os.O_WRONLY | os.O_NONBLOCK)))
+    return found[0]
+
+
 def a_descriptor_knows_the_new_owner(here: Path, there: Path) -> list[str]:
     """Whether the former one may still change what is open: at once, and after a look at it."""
     made(here / "f", 0o600, 1001, 1002)
@@ -334,6 +387,9 @@ ONE, TWO = (EXPORT, STRICT, ACCESS), (STRICTS, BOTH)
 ALL: list[Deviation] = [
     Deviation(reading_sets_the_access_time, [True] * 3, on((STRICT, ACCESS, PROMPT), [False] * 3), right_on=(EXPORT, NONE)),
     Deviation(a_store_to_memory_sets_the_times, True, on(ONE, False)),
+    Deviation(a_store_to_memory_is_data, [2 * PAGE] * 2, on(ONE, ["ENXIO", 2 * PAGE])),
+    Deviation(a_store_to_memory_leaves_capabilities, True, on(ONE, False)),
+    Deviation(set_gid_without_execution_goes_with_a_group_one_is_not_in, "0o644", on(ONE, "0o2644")),
     Deviation(devices_can_be_opened, "done", on(ONE, "EACCES")),
     Deviation(ioctl_is_for_files, ["done", "done", True], on(ONE, ["ENOTTY", "ENOTSUP", False])),
     Deviation(ranges_can_be_cut_out_and_put_in, ["done"] * 2, on(ONE, ["ENOTSUP"] * 2)),
@@ -351,6 +407,8 @@ ALL: list[Deviation] = [
         on((ACCESSES, BOTH), [b"before", b"after!", False, True]),
     ),
     Deviation(the_offset_is_where_it_was_appended, 11, on(TWO, 6)),
+    Deviation(one_call_appends_at_the_end, b"1234567890x", on(TWO, b"67890x")),
+    Deviation(a_lease_keeps_others_from_opening, "EAGAIN", on(TWO, "done")),
     Deviation(a_descriptor_knows_the_new_owner, ["EPERM"] * 2, on(TWO, ["done", "EPERM"])),
     Deviation(
         a_working_directory_has_a_path, ["sub", "moved", "moved", "ENOENT"],
