@@ -143,7 +143,7 @@ def a_store_to_memory_leaves_capabilities(d: Path) -> bool:
     with opened(d / "f", os.O_RDWR) as fd, mmap.mmap(fd, PAGE) as memory:
         memory[0] = 1
         memory.flush()
-    return attempt(os.getxattr, d / "f", "security.capability") != "ENODATA"
+    return bool(attempt(os.getxattr, d / "f", "security.capability") != "ENODATA")
 
 
 def set_gid_without_execution_goes_with_a_group_one_is_not_in(d: Path) -> str:
