@@ -9,7 +9,8 @@ The normative text is `docs/spec/control.md`, sections 2 and 9.  Rules:
    that could be trusted.
 4. On a serial line, which agents use one after the other, a frame may have been cut off by the death of its sender.  There
    the next sound frame counts, wherever it begins, also inside one that is not complete; what lies before it is skipped.
-5. Hunting is bounded, in bytes and in checksums: `MAX_SKIPPED_BYTES` and `MAX_FALSE_STARTS` between two sound frames.
+5. Hunting is bounded: between two sound frames in bytes and in wrong checksums (`MAX_SKIPPED_BYTES`, `MAX_FALSE_STARTS`), at any
+   time in frames that may have begun (`MAX_STARTS`).  None of it can be reached by what others have the daemon tell, such as names.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from coherency.protocol import HEADER, MAGIC, MAX_FRAME_BYTES, MAX_PAYLOAD_BYTES
 
 MAX_SKIPPED_BYTES: Final = 2 * MAX_FRAME_BYTES
 MAX_FALSE_STARTS: Final = 16
-"""Places that look like the beginning of a frame and are none."""
+"""Places that look like the beginning of a frame and are none, as a checksum over as much as they announce has shown."""
+MAX_STARTS: Final = 256
+"""Places that look like it, with a length within the limit, and are not complete: a frame of events may have one in each of them."""
+_LENGTH_ENDS: Final = HEADER.size - 4
 
 
 class DecoderStatistics(NamedTuple):
@@ -81,8 +85,8 @@ class Decoder:
         held = self._buffer
         if not MAGIC.startswith(held[: len(MAGIC)]):
             raise FrameError("a frame without the magic")
-        if len(held) >= HEADER.size - 4:
-            length_bytes = int.from_bytes(held[4:8], "little")
+        if len(held) >= _LENGTH_ENDS:
+            length_bytes = _length_at(held, 0)
             if length_bytes > MAX_PAYLOAD_BYTES:
                 raise FrameError(f"a payload of {length_bytes} bytes, at most {MAX_PAYLOAD_BYTES} are allowed")
             end = HEADER.size + length_bytes
@@ -98,29 +102,16 @@ class Decoder:
 
     def _find_payload(self) -> bytes | None:
         """The payload of the first sound frame, wherever it begins; None if there is none yet."""
-        held, starts = self._buffer, self._starts
-        while True:
-            for start in list(starts):
-                end = self._end_of(start)
-                if end is None or end > len(held):
-                    continue  # not complete
-                payload = None if end == start else _sound_payload(held, start, end)
-                if payload is not None:
-                    self._skipped_bytes += start
-                    self._forget(end)
-                    self._skipped_since = self._false_starts = 0
-                    return payload
-                starts.remove(start)
-                self._false_starts += 1
-            found = held.find(MAGIC, self._looked_at)
-            if found < 0:
-                break
-            self._looked_at = found + 1
-            starts.append(found)
-            if len(starts) + self._false_starts > MAX_FALSE_STARTS:
-                raise FrameError(f"more than {MAX_FALSE_STARTS} beginnings of frames without a sound one")
-        first = starts[0] if starts else len(held) - _begun_magic(held)
-        self._looked_at = max(self._looked_at, len(held) - len(MAGIC) + 1)
+        for start in list(self._starts):
+            if (payload := self._try(start)) is not None:
+                return payload
+        while (start := self._next_start()) >= 0:
+            self._starts.append(start)
+            if (payload := self._try(start)) is not None:
+                return payload
+            if len(self._starts) > MAX_STARTS:
+                raise FrameError(f"more than {MAX_STARTS} beginnings of frames and no end")
+        first = self._starts[0] if self._starts else self._looked_at
         self._skipped_bytes += first
         self._skipped_since += first
         self._forget(first)
@@ -128,12 +119,33 @@ class Decoder:
             raise FrameError(f"more than {MAX_SKIPPED_BYTES} bytes without a sound frame")
         return None
 
-    def _end_of(self, start: int) -> int | None:
-        """Where a frame that begins there would end; `start` if it cannot be one, None if that is not known yet."""
-        if len(self._buffer) < start + 8:
+    def _next_start(self) -> int:
+        """The next place that nobody has looked at where a frame may begin; -1: there is none yet."""
+        held = self._buffer
+        while (found := held.find(MAGIC, self._looked_at)) >= 0 and len(held) >= found + _LENGTH_ENDS:
+            self._looked_at = found + 1
+            if _length_at(held, found) <= MAX_PAYLOAD_BYTES:
+                return found
+        self._looked_at = found if found >= 0 else max(self._looked_at, len(held) - _begun_magic(held))
+        return -1
+
+    def _try(self, start: int) -> bytes | None:
+        """The payload of the frame that begins there, if it is complete and sound; if it is only complete it is no start any more."""
+        held = self._buffer
+        end = start + HEADER.size + _length_at(held, start)
+        if end > len(held):
             return None
-        length_bytes = int.from_bytes(self._buffer[start + 4 : start + 8], "little")
-        return start if length_bytes > MAX_PAYLOAD_BYTES else start + HEADER.size + length_bytes
+        payload = _sound_payload(held, start, end)
+        if payload is not None:
+            self._skipped_bytes += start
+            self._forget(end)
+            self._skipped_since = self._false_starts = 0
+            return payload
+        self._starts.remove(start)
+        self._false_starts += 1
+        if self._false_starts > MAX_FALSE_STARTS:
+            raise FrameError(f"more than {MAX_FALSE_STARTS} beginnings of frames without a sound one")
+        return None
 
     def _forget(self, count: int) -> None:
         del self._buffer[:count]
@@ -149,13 +161,19 @@ class Decoder:
         total = self._frames * HEADER.size + len(self._buffer) + self._skipped_bytes
         assert total <= self._received_bytes, self
         if self._fault is None:
-            assert len(self._starts) + self._false_starts <= MAX_FALSE_STARTS, self
+            assert self._false_starts <= MAX_FALSE_STARTS, self
+            assert len(self._starts) <= MAX_STARTS, self
             assert self._skipped_since <= MAX_SKIPPED_BYTES, self
             assert self._starts == sorted(self._starts), self
 
     def statistics(self) -> DecoderStatistics:
         """A frozen copy of the counters."""
         return DecoderStatistics(self._frames, self._received_bytes, len(self._buffer), self._skipped_bytes)
+
+
+def _length_at(held: bytearray, start: int) -> int:
+    """What the header that begins there says of its payload."""
+    return int.from_bytes(held[start + len(MAGIC) : start + _LENGTH_ENDS], "little")
 
 
 def _sound_payload(held: bytearray, start: int, end: int) -> bytes | None:

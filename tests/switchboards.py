@@ -9,9 +9,21 @@ from coherency.daemon.leasing import Leasing
 from coherency.daemon.ledger import Ledger
 from coherency.daemon.peer_states import Credentials, PeerId
 from coherency.daemon.switchboard import Limits, Switchboard
-from coherency.ids import Epoch
+from coherency.ids import Epoch, GrantKey
 from coherency.leases import MAX_KEYS_PER_GUEST
-from coherency.protocol import Hello, Message, Refusal, RefusalCode, Welcome, encode
+from coherency.protocol import (
+    Ack,
+    Confirm,
+    Hello,
+    Message,
+    Refusal,
+    RefusalCode,
+    Register,
+    Renew,
+    Renewed,
+    Welcome,
+    encode,
+)
 from coherency.protocol_fields import ReportValue
 from coherency.protocol_stream import Decoder
 from tests.control_messages import REPORT
@@ -149,3 +161,39 @@ class Bench:
         assert isinstance(message, Refusal)
         assert message.text == self.dropped[peer].reason
         return RefusalCode(message.code)
+
+
+class Guest:
+    """A guest of the bench that does what the test says."""
+
+    def __init__(
+        self, bench: Bench, mode: str = "strict", *, former: int = 0, uid: int = STRANGER.uid, line: str = "socket", name: str = "g"
+    ) -> None:
+        self.bench = bench
+        self.peer = bench.open(STRANGER._replace(uid=uid))
+        bench.send(self.peer, Hello(name, 1, mode, former, line))
+        (welcome,) = self.take()
+        assert isinstance(welcome, Welcome)
+        self.session = welcome.session
+        self.serial = 0
+
+    def take(self) -> list[Message]:
+        return self.bench.take(self.peer)
+
+    def say(self, *messages: Message) -> list[Message]:
+        """Say something; returns what was heard since."""
+        self.bench.send(self.peer, *messages)
+        return self.take()
+
+    def register(self, *keys: GrantKey) -> None:
+        self.serial += 1
+        assert self.say(Register(self.session, self.serial, keys)) == [Confirm(self.session, self.serial, self.bench.epoch)]
+
+    def ack(self, serial: int) -> None:
+        assert self.say(Ack(self.session, serial)) == []
+
+    def renew(self) -> bool:
+        self.serial += 1
+        heard = self.say(Renew(self.session, self.serial))
+        assert heard in ([], [Renewed(self.session, self.serial)])
+        return bool(heard)

@@ -12,6 +12,7 @@ Rules:
 6. A Renew from a guest that owes acks is answered as soon as those are there that it owed *then*, and counts from its own
    arrival; of several the last is answered.  So a guest that is recalled all the time keeps its lease, and one that never acks does not.
 7. A guest that is being evicted is a sharer of nothing any more and does not become one; nor is its lease renewed.
+8. A connection can leave several lost guests behind only if it is a serial line; `lost_on` tells how many, so that there is a limit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from coherency.protocol import Ack, Confirm, Hello, Recall, Register, Release, R
 
 GRANTING_MODES: Final = ("prompt", "strict")
 MAX_RENEWALS: Final = 16
+MAX_LOST_ON_A_LINE: Final = 2
 OfGrants = Register | Release | Ack | Renew
 
 
@@ -70,6 +72,8 @@ class _Holder:
     who: str
     uid: int
     peer: PeerId | None
+    came_by: PeerId
+    """The connection, also when the guest is lost."""
     renewals: deque[_Renewal] = field(default_factory=deque)
     """Oldest first, `MAX_RENEWALS` at most: what comes beyond is forgotten."""
     leaves: bool = False
@@ -112,7 +116,7 @@ class Leasing:
         if hello.mode in GRANTING_MODES:
             self._journal.add(session, peer.credentials.uid)
             self._ledger.join(session, waits=hello.mode == "strict", now_ns=now_ns)
-            self._holders[session] = _Holder(str(peer), peer.credentials.uid, peer.peer_id)
+            self._holders[session] = _Holder(str(peer), peer.credentials.uid, peer.peer_id, peer.peer_id)
         else:
             self._others.add(session)
         peer.session = session
@@ -148,6 +152,10 @@ class Leasing:
     def lost(self) -> int:
         """How many guests are in the ledger without a connection."""
         return sum(holder.peer is None for holder in self._holders.values())
+
+    def lost_on(self, peer: PeerId) -> int:
+        """How many of them came by this connection, which is still there."""
+        return sum(holder.peer is None and holder.came_by == peer for holder in self._holders.values())
 
     # --- messages ----------------------------------------------------------------------------------------------
 

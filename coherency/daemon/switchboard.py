@@ -11,7 +11,8 @@ Rules:
 5. Messages about grants go to `leasing`.  A guest whose lease is over is told so and dropped; an operator's order is
    answered when nobody can have in its kernel what must be forgotten, which takes one lease at most: see `orders`.
 6. A serial line outlives the guests on it.  Hello of another one ends the former as a hang-up would, without the
-   connection: whatever that had been granted is waited for, unless Hello says that it is over.
+   connection: whatever that had been granted is waited for, unless Hello says that it is over.  A line that has left too many
+   guests like that is closed: what they hold is bounded like what connections hold.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Final, NamedTuple
 from coherency.daemon.actions import Action, Drop, Note, Send
 from coherency.daemon.collecting import Collector
 from coherency.daemon.deadlines import Deadlines
-from coherency.daemon.leasing import Leasing, OfGrants
+from coherency.daemon.leasing import MAX_LOST_ON_A_LINE, Leasing, OfGrants
 from coherency.daemon.ledger import Round
 from coherency.daemon.orders import Leaver, Order, Orders
 from coherency.daemon.peer_states import Credentials, GuestSnapshot, Peer, PeerEvent, PeerId, PeerState, next_state
@@ -273,6 +274,10 @@ class Switchboard:
         former = self._leasing.end_former(hello, peer.credentials.uid)
         if former is not None:
             self._drop(self._peers[former], "has come again", now_ns, event=PeerEvent.END, orderly=True)
+        if (lost := self._leasing.lost_on(peer.peer_id)) > MAX_LOST_ON_A_LINE:
+            reason = f"{lost} agents before it on its line have died within one lease: wait until their leases are over"
+            self._drop(peer, reason, now_ns, code=RefusalCode.FULL)
+            return
         self._welcomed += 1
         peer.snapshot = GuestSnapshot(
             self._welcomed, hello.name, hello.pid, hello.mode, peer.credentials, now_ns, statistics=None, line=hello.line

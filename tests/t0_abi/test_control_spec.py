@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coherency import leases, protocol, protocol_stream, rendezvous
-from coherency.daemon.leasing import MAX_RENEWALS
+from coherency.daemon.leasing import MAX_LOST_ON_A_LINE, MAX_RENEWALS
 from coherency.daemon.peer_states import TRANSITIONS, PeerEvent, PeerState
 from coherency.daemon.runtime import DIRECTORY_MODE
 from coherency.daemon.server import SOCKET_MODE
@@ -210,6 +210,8 @@ def test_limits_of_serial_lines() -> None:
     assert {row["limit"]: int(row["value"]) for row in table("9. Serial lines", "limit")} == {
         "skipped": protocol_stream.MAX_SKIPPED_BYTES,
         "false_starts": protocol_stream.MAX_FALSE_STARTS,
+        "starts": protocol_stream.MAX_STARTS,
+        "lost": MAX_LOST_ON_A_LINE,
     }
     vendor, device = IVSHMEM
     assert f"region {IVSHMEM_REGION} of a PCI device {vendor:04x}:{device:04x}" in section("9. Serial lines")

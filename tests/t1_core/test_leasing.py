@@ -35,43 +35,9 @@ from coherency.protocol import (
     encode,
 )
 from coherency.protocol_stream import Decoder
-from tests.switchboards import FIRST_SESSION, LEASE_NS, LIMITS, OWNER, ROOT, SLOT_COUNT, STRANGER, WELCOME, Bench
+from tests.switchboards import FIRST_SESSION, LEASE_NS, LIMITS, OWNER, ROOT, SLOT_COUNT, STRANGER, WELCOME, Bench, Guest
 
 A, B, C = GrantKey(2), GrantKey(5), GrantKey(8)
-
-
-class Guest:
-    """A guest of the bench that does what the test says."""
-
-    def __init__(self, bench: Bench, mode: str = "strict", *, former: int = 0, uid: int = STRANGER.uid) -> None:
-        self.bench = bench
-        self.peer = bench.open(STRANGER._replace(uid=uid))
-        bench.send(self.peer, Hello(name="g", pid=1, mode=mode, former=former))
-        (welcome,) = self.take()
-        assert isinstance(welcome, Welcome)
-        self.session = welcome.session
-        self.serial = 0
-
-    def take(self) -> list[Message]:
-        return self.bench.take(self.peer)
-
-    def say(self, *messages: Message) -> list[Message]:
-        """Say something; returns what was heard since."""
-        self.bench.send(self.peer, *messages)
-        return self.take()
-
-    def register(self, *keys: GrantKey) -> None:
-        self.serial += 1
-        assert self.say(Register(self.session, self.serial, keys)) == [Confirm(self.session, self.serial, self.bench.epoch)]
-
-    def ack(self, serial: int) -> None:
-        assert self.say(Ack(self.session, serial)) == []
-
-    def renew(self) -> bool:
-        self.serial += 1
-        heard = self.say(Renew(self.session, self.serial))
-        assert heard in ([], [Renewed(self.session, self.serial)])
-        return bool(heard)
 
 
 class Change:

@@ -5,9 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coherency.daemon.actions import Send
+from coherency.daemon.leasing import MAX_LOST_ON_A_LINE
 from coherency.daemon.peer_states import PeerId
 from coherency.errors import FrameError, MessageError
-from coherency.ids import GrantKey
+from coherency.events import Event, EventKind
+from coherency.ids import GrantKey, HostInode
 from coherency.protocol import (
     HEADER,
     MAGIC,
@@ -34,9 +36,10 @@ from coherency.protocol import (
     Welcome,
     encode,
 )
-from coherency.protocol_stream import MAX_FALSE_STARTS, MAX_SKIPPED_BYTES, Decoder
+from coherency.protocol_events import MAX_EVENTS_PER_MESSAGE, Happened
+from coherency.protocol_stream import MAX_FALSE_STARTS, MAX_SKIPPED_BYTES, MAX_STARTS, Decoder
 from tests.control_messages import frame, messages
-from tests.switchboards import FIRST_SESSION, LEASE_NS, LIMITS, OWNER, STRANGER, Bench
+from tests.switchboards import FIRST_SESSION, LEASE_NS, LIMITS, OWNER, STRANGER, Bench, Guest
 
 RENEW = Renew(7, 1)
 KEYS = (GrantKey(2), GrantKey(5))
@@ -117,14 +120,26 @@ def test_garbage_has_an_end() -> None:
     decoder.check()
 
 
-def test_what_looks_like_frames_has_an_end() -> None:
-    """Each of them costs a checksum over as much as it says that it holds."""
-    false_start = HEADER.pack(MAGIC, 1000, 0)
+@pytest.mark.parametrize(("payload_bytes", "most"), [(0, MAX_FALSE_STARTS), (60_000, MAX_STARTS)])
+def test_what_looks_like_frames_has_an_end(payload_bytes: int, most: int) -> None:
+    """Complete, each of them costs a checksum over as much as it says that it holds; until then, a look at each read."""
+    false_start = HEADER.pack(MAGIC, payload_bytes, 1)
     decoder = hunting()
-    assert heard(decoder, false_start * MAX_FALSE_STARTS, 1000) == []
-    with pytest.raises(FrameError, match=f"more than {MAX_FALSE_STARTS} beginnings"):
+    assert heard(decoder, false_start * most, 1000) == []
+    with pytest.raises(FrameError, match=f"more than {most} beginnings"):
         decoder.feed(false_start)
     decoder.check()
+
+
+@pytest.mark.parametrize("step", [1, 13, 4096])
+@pytest.mark.parametrize("name", [b"COH1" * 60, b"COH1"])
+def test_names_that_look_like_frames_are_nobodys_end(name: bytes, step: int) -> None:
+    """Others choose them. After a name of a new file there are two NULs where the length of a frame would have its upper bytes."""
+    event = Event(EventKind.CREATED, HostInode(1 << 40), False, HostInode(1 << 41), name, HostInode(0), b"", HostInode(0))
+    happened = Happened(0, (event,) * MAX_EVENTS_PER_MESSAGE)
+    decoder = hunting()
+    stream = encode(happened)
+    assert heard(decoder, stream * 2 + stream[:-1] + encode(RENEW), step) == [happened, happened, RENEW]
 
 
 def test_a_sound_frame_makes_up_for_what_was_before() -> None:
@@ -143,12 +158,8 @@ def test_a_sound_frame_that_is_no_message_is_a_fault_as_anywhere() -> None:
 
 def on_a_line(bench: Bench, mode: str = "strict") -> tuple[PeerId, int]:
     """A guest on a line, and its session."""
-    peer = bench.open()
-    bench.send(peer, hello(mode))
-    (welcome,) = bench.take(peer)
-    assert isinstance(welcome, Welcome)
-    assert welcome.nonce == 1
-    return peer, welcome.session
+    guest = Guest(bench, mode, line="serial", name="vm")
+    return guest.peer, guest.session
 
 
 def welcomed(bench: Bench, peer: PeerId) -> Welcome:
@@ -251,6 +262,32 @@ def test_who_asked_on_a_line_and_died_is_not_answered() -> None:
     bench.take(other)
     bench.pass_time(LIMITS.statistics_ns)
     assert bench.take(peer) == []
+
+
+def test_what_dead_agents_leave_behind_on_a_line_has_an_end() -> None:
+    """Or one machine could fill the books, which connections of others are counted with, over one connection of its own."""
+    bench = Bench()
+    peer = bench.open()
+    for nonce in range(MAX_LOST_ON_A_LINE + 1):
+        bench.send(peer, hello("strict", nonce=nonce))
+        bench.send(peer, Register(welcomed(bench, peer).session, 1, KEYS))
+        bench.take(peer)
+    bench.send(peer, hello("strict", nonce=9))
+    assert bench.refusal(peer) is RefusalCode.FULL
+    assert bench.leasing.lost == MAX_LOST_ON_A_LINE + 1
+    bench.pass_time(LEASE_NS)
+    assert bench.leasing.lost == 0
+
+
+def test_agents_that_say_goodbye_or_come_again_may_do_so_for_ever() -> None:
+    bench = Bench()
+    peer, session = on_a_line(bench)
+    for nonce in range(3 * MAX_LOST_ON_A_LINE):
+        bench.send(peer, Register(session, 1, KEYS), hello("strict", former=session, nonce=nonce))
+        bench.take(peer)
+        session = FIRST_SESSION + nonce + 1
+    assert peer not in bench.dropped
+    assert bench.leasing.lost == 0
 
 
 def test_a_line_stays_one() -> None:
