@@ -55,7 +55,7 @@ class Stream(Protocol):
         """What has arrived, and the descriptors that came with it; no bytes: the other end is closed."""
 
     def hang_up(self) -> None:
-        """From now on `read` finds the other end closed.  From any thread."""
+        """Wake who waits for something to read, if that is possible.  From any thread."""
 
     def close(self) -> None: ...
 
@@ -96,6 +96,7 @@ class Channel:
         self._arrived: list[Message] = []
         self._descriptors: list[int] = []
         self._send_lock = threading.Lock()
+        self._hung_up = False
         self._messages = self._sent_bytes = 0
 
     @classmethod
@@ -185,7 +186,10 @@ class Channel:
         if self._unsent:
             with self._send_lock:
                 self._flush()
-        if not wait_readable(self._wakeup, self._stream, deadline_ns - time.monotonic_ns()):
+        is_readable = wait_readable(self._wakeup, self._stream, deadline_ns - time.monotonic_ns())
+        if self._hung_up:
+            raise ConnectionAbortedError("it was given up")
+        if not is_readable:
             return []
         try:
             data, descriptors = self._stream.read(with_descriptors=with_descriptors)
@@ -226,7 +230,8 @@ class Channel:
         return descriptors
 
     def hang_up(self) -> None:
-        """Make the receiving thread, whichever it is, see the end of the stream.  From any thread."""
+        """Make the receiving thread, whichever it is, see the end of the stream, when it looks again at the latest.  From any thread."""
+        self._hung_up = True
         self._stream.hang_up()
 
     def close(self) -> None:

@@ -295,6 +295,11 @@ class Client:
 
     # --- connecting and losing ---------------------------------------------------------------------------------
 
+    @property
+    def _first_retry_ns(self) -> int:
+        # What is written to a line before QEMU has noticed its end, and connected anew, can block that for good (QEMU 7.2).
+        return self._patience.line_settles_ns if self._link.line == "serial" else self._patience.first_retry_ns
+
     def _join_first(self) -> Callable[[], None]:
         """Join; on a serial line again, while the time for an answer lasts: what came before on it may have been at fault."""
         deadline_ns = time.monotonic_ns() + self._patience.answer_ns
@@ -304,7 +309,7 @@ class Client:
             except (DaemonUnavailable, Refused):
                 if self._link.line != "serial" or time.monotonic_ns() >= deadline_ns:
                     raise
-            wait_readable(self._wakeup, None, self._patience.first_retry_ns)
+            wait_readable(self._wakeup, None, self._first_retry_ns)
 
     def _join(self) -> Callable[[], None]:
         """Returns what lets the grantor begin, when everything else is ready."""
@@ -337,9 +342,7 @@ class Client:
         return lambda: self._grantor.joined(welcome, asked_at_ns, channel)
 
     def _return_to_daemon(self) -> None:
-        # What is written to a line before QEMU has noticed its end, and connected anew, can block that for good (QEMU 7.2).
-        is_line, patience = self._link.line == "serial", self._patience
-        retry_ns, last_text = patience.line_settles_ns if is_line else patience.first_retry_ns, ""
+        retry_ns, last_text = self._first_retry_ns, ""
         while True:
             wait_readable(self._wakeup, None, retry_ns)
             if not self._grantor.is_clean():  # rule 5
@@ -434,16 +437,12 @@ class Client:
 
     def _tell_counters(self, channel: Channel, serial: int) -> str | None:
         counters = self._counters()
-        statistics = Statistics(
-            serial=serial,
-            hits=counters.hits,
-            misses=counters.misses,
-            refreshes=counters.refreshes,
-            lower_requests=counters.lower_requests,
-            entries=counters.entries,
-        )
         try:
-            channel.send(statistics)
+            channel.send(
+                Statistics(
+                    serial, counters.hits, counters.misses, counters.refreshes, counters.lower_requests, counters.entries
+                )
+            )
         except ConnectionError as error:
             return str(error)
         self._answered += 1

@@ -38,7 +38,6 @@ class SerialStream:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._hung_up = False
 
     def fileno(self) -> int:
         """See `Stream`."""
@@ -50,11 +49,10 @@ class SerialStream:
 
     def read(self, *, with_descriptors: bool) -> tuple[bytes, list[int]]:
         """See `Stream`."""
-        return b"" if self._hung_up else os.read(self._fd, READ_BYTES), []
+        return os.read(self._fd, READ_BYTES), []
 
     def hang_up(self) -> None:
-        """See `Stream`; the receiving thread finds out when it looks again."""
-        self._hung_up = True
+        """See `Stream`; the host's end is not ours to close."""
 
     def close(self) -> None:
         """See `Stream`."""

@@ -3,18 +3,22 @@
 import contextlib
 import errno
 import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from coherency.errors import DaemonUnavailable, LineUnavailable, TableError
+from coherency.errors import DaemonUnavailable, LineUnavailable, Refused, TableError
 from coherency.guest_agent.channel import Channel
 from coherency.guest_agent.client import Client, LinkState, Patience
 from coherency.guest_agent.requests import evict, fetch_status
+from coherency.guest_agent.virtual_machine import SerialStream
 from coherency.ids import GrantKey, HostInode
-from coherency.protocol import Hello, Register, StatisticsRequest, Welcome, encode
+from coherency.protocol import Hello, Refusal, RefusalCode, Register, StatisticsRequest, Welcome, encode
 from coherency.protocol_stream import Decoder
 from coherency.shm_memory import map_pci_region
 from tests.control_daemon import ControlDaemon
@@ -156,6 +160,54 @@ def test_a_connection_that_is_cut_is_made_anew(daemon: ControlDaemon, machine: F
         assert reader.trusted_until_ns == 0
         assert client.reader is not reader
         until(lambda: guests(daemon) == [("vm", "serial", True)])
+
+
+def test_who_gives_up_a_line_on_which_nothing_comes_notices() -> None:
+    """Nobody can close the host's end from here, so nothing wakes who waits for something to read."""
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(Channel(SerialStream(ours.detach()), "share-1", None)) as channel, theirs:
+        assert channel.receive(0) == []
+        channel.hang_up()
+        with pytest.raises(ConnectionAbortedError, match="given up"):
+            channel.receive(0)
+
+
+class RefusingDaemon:
+    """Takes connections, refuses the first Hello on each, and closes it; notes when each connection came."""
+
+    def __init__(self, path: Path) -> None:
+        self.came_at_ns: list[int] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection:
+                    if connection.recv(65536):
+                        self.came_at_ns.append(time.monotonic_ns())
+                        connection.sendall(encode(Refusal(RefusalCode.FULL, "full")))
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+
+def test_a_line_is_left_alone_after_a_refusal_too(socket_dir: Path, tmp_path: Path) -> None:
+    """Until QEMU has noticed that the daemon has closed the connection: what is written before may block the port for good."""
+    patience = Patience(answer_ns=500_000_000, first_retry_ns=1_000_000, line_settles_ns=300_000_000)
+    daemon = RefusingDaemon(socket_dir / "control.sock")
+    with contextlib.closing(daemon), FakeMachine(tmp_path, socket_dir / "control.sock") as machine:
+        until(lambda: machine.connections)
+        with pytest.raises((Refused, DaemonUnavailable)):  # the end of the connection may come before what was sent on it
+            connect(machine, patience=patience)
+    first, second, *_ = daemon.came_at_ns
+    assert second - first >= patience.line_settles_ns
 
 
 @pytest.mark.expected_logs(LOST + ".*it was evicted|" + LOST, "evicted")
