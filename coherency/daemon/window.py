@@ -40,7 +40,8 @@ class Window:
         try:
             if mount_at(self.path) is None:
                 syscalls.mount(str(self.path), str(self.path), "none", syscalls.MS_BIND, "")
-                syscalls.mount("none", str(self.path), "none", syscalls.MS_SHARED, "")
+            # Also of a predecessor's, which may have died in between.
+            syscalls.mount("none", str(self.path), "none", syscalls.MS_SHARED, "")
         except OSError as error:
             raise MountError(f"cannot mount on {self.path}: {error.strerror} (mounting needs CAP_SYS_ADMIN)") from error
         self.export.mkdir(mode=_MODE, exist_ok=True)

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from coherency.daemon.window import Window
+from coherency.fuse import syscalls
 from tests.guests import Host, Program
 from tests.waiting import until
 
+MS_PRIVATE = 1 << 18
 OBJECTS = Path("/dev/shm")
 ENOTCONN = "Transport endpoint is not connected"
 _SANDBOX = """
@@ -134,6 +137,21 @@ def test_forget_removes_both_and_only_if_nobody_serves(host: Host) -> None:
     assert os.listdir(host.runtime_dir) == []
     assert not (OBJECTS / f"coherency-{host.name}").exists()
     assert forget(host) == f"there was nothing to forget of '{host.name}'\n"
+
+
+def test_a_window_whose_maker_died_too_early_is_completed(tmp_path: Path) -> None:
+    """It is a mount already, and not shared yet: a sandbox would not see what the next daemon shows."""
+    window = Window(tmp_path / "vm")
+    window.path.mkdir()
+    syscalls.mount(str(window.path), str(window.path), "none", syscalls.MS_BIND, "")
+    try:
+        syscalls.mount("none", str(window.path), "none", MS_PRIVATE, "")
+        window.open()
+        (mount,) = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {window.path} " in line]
+        assert " shared:" in mount
+    finally:
+        window.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_negative_control_with_a_memfd_nothing_stays(socket_dir: Path) -> None:
