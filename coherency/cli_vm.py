@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +13,15 @@ from coherency.cli_messages import errors_as_messages, json_option, runtime_dir_
 from coherency.daemon.service import forget
 from coherency.guest_agent.requests import fetch_status
 from coherency.rendezvous import VIRTIO_PORT_NAME
-from coherency.vm_args import DEFAULT_MEMORY, FORMATS, VirtualMachineOptions, libvirt_text, qemu_text
+from coherency.vm_args import (
+    DEFAULT_MEMORY,
+    FORMATS,
+    OLDEST_QEMU,
+    VirtualMachineOptions,
+    libvirt_text,
+    qemu_text,
+    qemu_version,
+)
 
 _VIRTIOFSDS: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 """Where distributions have it; the first one that is there, or the first."""
@@ -20,6 +29,21 @@ _VIRTIOFSDS: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 
 def _installed_virtiofsd() -> str:
     return next((each for each in _VIRTIOFSDS if Path(each).exists()), _VIRTIOFSDS[0])
+
+
+_QEMU: Final = "qemu-system-x86_64"
+_QEMU_ANSWERS_S: Final = 10
+
+
+def _version_of(qemu: str) -> tuple[int, int]:
+    """Where there is no QEMU, the oldest that we know is assumed."""
+    try:
+        answer = subprocess.run(
+            [qemu, "--version"], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_QEMU_ANSWERS_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        return OLDEST_QEMU
+    return qemu_version(answer.stdout)
 
 
 @click.command("vm-args")
@@ -32,10 +56,11 @@ def _installed_virtiofsd() -> str:
 @click.option("--memory", default=DEFAULT_MEMORY, show_default=True, help="Of the machine: virtiofsd must be able to map it.")
 @click.option("--port", default=VIRTIO_PORT_NAME, show_default=True, help="The name of the virtio-serial port: each share needs its own.")
 @click.option("--virtiofsd", help="The program. [default: where distributions install it]")
+@click.option("--qemu", default=_QEMU, show_default=True, help="The program, which is asked for its version.")
 @runtime_dir_option
 @json_option
 def vm_args_command(
-    name: str, guest: str, form: str, memory: str, port: str, virtiofsd: str | None, runtime_dir: Path, as_json: bool
+    name: str, guest: str, form: str, memory: str, port: str, virtiofsd: str | None, qemu: str, runtime_dir: Path, as_json: bool
 ) -> None:
     """Print how a virtual machine becomes a guest of NAME, which must be served now.
 
@@ -51,7 +76,7 @@ def vm_args_command(
         report = fetch_status(directory, name)
         options = VirtualMachineOptions(
             name, guest, str(directory), int(report["table_bytes"]), report["table_kind"] == "posix",
-            virtiofsd or _installed_virtiofsd(), memory, port,
+            virtiofsd or _installed_virtiofsd(), memory, port, _version_of(qemu),
         )  # fmt: skip
     if as_json:
         document = {

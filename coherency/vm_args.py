@@ -11,6 +11,7 @@ What is in virtiofs' hands is shared memory of the guest: it needs a memory back
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ from coherency.rendezvous import (
 
 FORMATS: Final = ("qemu", "libvirt")
 DEFAULT_MEMORY: Final = "512M"
+OLDEST_QEMU: Final = (7, 2)
+_RECONNECT_MS_SINCE: Final = (9, 2)
+"""Of QEMU: `reconnect`, in seconds, is deprecated from here on, and gone since 10.2."""
+_LONGEST_SOCKET_PATH: Final = 107
 _MEMORY: Final = re.compile(r"[1-9][0-9]*[KMGT]?")
 _THREADS: Final = 64
 """Requests that virtiofsd works on at a time: with one, a change that waits for its own guest's ack would keep that from coming."""
@@ -44,7 +49,8 @@ class VirtualMachineOptions:
     """What is asked for.  Raises `UsageError` if a name or a size is none.
 
     `guest` is what the daemon shall call the machine; `table_bytes` the size of the daemon's table; `has_window` whether there is
-    one that outlives the daemon, see `daemon.window`; `virtiofsd` the program of that name.
+    one that outlives the daemon, see `daemon.window`; `virtiofsd` the program of that name; `qemu_version` that of the QEMU which gets
+    the options.
     """
 
     name: str
@@ -55,6 +61,7 @@ class VirtualMachineOptions:
     virtiofsd: str
     memory: str = DEFAULT_MEMORY
     port: str = VIRTIO_PORT_NAME
+    qemu_version: tuple[int, int] = OLDEST_QEMU
 
     def __post_init__(self) -> None:
         for each in (self.name, self.guest):
@@ -62,8 +69,14 @@ class VirtualMachineOptions:
         check_share_name(self.port)
         if not _MEMORY.fullmatch(self.memory):
             raise UsageError(f"--memory is a size like 512M or 2G, not {self.memory!r}")
-        if "," in self.runtime_root:
-            raise UsageError(f"--runtime-dir must not have a comma in it for QEMU: {self.runtime_root}")
+        if "," in self.runtime_root or shlex.quote(self.runtime_root) != self.runtime_root:
+            raise UsageError(f"--runtime-dir has something in it at which QEMU or a shell would split it: {self.runtime_root}")
+        for socket in (self.control, self.virtiofsd_socket):
+            if len(socket) > _LONGEST_SOCKET_PATH:
+                raise UsageError(
+                    f"{socket} is too long for a socket, by {len(socket) - _LONGEST_SOCKET_PATH} bytes: take a shorter --guest or "
+                    "--runtime-dir"
+                )
 
     @property
     def directory(self) -> str:
@@ -112,25 +125,31 @@ class VirtualMachineOptions:
     def qemu(self) -> list[list[str]]:
         """The options, each with its value."""
         prefix = f"coherency-{self.name}"
+        reconnect = "reconnect-ms=1000" if self.qemu_version >= _RECONNECT_MS_SINCE else "reconnect=1"
         return [
             ["-object", f"memory-backend-memfd,id={prefix}-memory,size={self.memory},share=on"],
             ["-numa", f"node,memdev={prefix}-memory"],
             ["-m", self.memory],
             *self.table_options(),
             ["-device", f"virtio-serial-pci,id={prefix}-serial"],
-            ["-chardev", f"socket,id={prefix}-control,path={self.control},reconnect=1"],
+            ["-chardev", f"socket,id={prefix}-control,path={self.control},{reconnect}"],
             ["-device", f"virtserialport,bus={prefix}-serial.0,chardev={prefix}-control,name={self.port}"],
             ["-chardev", f"socket,id={prefix}-share,path={self.virtiofsd_socket}"],
             ["-device", f"vhost-user-fs-pci,chardev={prefix}-share,tag={self.tag}"],
         ]
 
-    def table_options(self) -> list[list[str]]:
-        """Those of them that show the version table to the machine, read-only."""
+    def table_options(self, *, device_as_json: bool = False) -> list[list[str]]:
+        """Those of them that show the version table to the machine, read-only.
+
+        libvirt gives each of its devices an address on the PCI bus, and describes them in JSON. QEMU makes all devices that are
+        described otherwise first, and gives them the first addresses that are free: one of libvirt's own would be taken.
+        """
         prefix = f"coherency-{self.name}"
+        device = {"driver": "ivshmem-plain", "memdev": f"{prefix}-table"}
         size = f"size={self.table_bytes},share=on,readonly=on,mem-path={self.directory}/{TABLE_LINK_NAME}"
         return [
             ["-object", f"memory-backend-file,id={prefix}-table,{size}"],
-            ["-device", f"ivshmem-plain,memdev={prefix}-table"],
+            ["-device", json.dumps(device) if device_as_json else f"ivshmem-plain,memdev={prefix}-table"],
         ]
 
     def hints(self, *, starts_virtiofsd: bool) -> list[str]:
@@ -142,6 +161,12 @@ class VirtualMachineOptions:
         return [*lines, "In the machine, as root:", *(f"  {each}" for each in (directories, virtiofs, self.mount_command))]
 
 
+def qemu_version(text: str) -> tuple[int, int]:
+    """The version in what ``qemu-system-x86_64 --version`` prints; the oldest that is possible if there is none."""
+    found = re.search(r"version (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else OLDEST_QEMU
+
+
 def qemu_text(options: VirtualMachineOptions) -> str:
     """The options, one with its value on each line, as a shell reads them; the hints are comments."""
     lines = [f"# {line}" for line in options.hints(starts_virtiofsd=True)]
@@ -151,7 +176,7 @@ def qemu_text(options: VirtualMachineOptions) -> str:
 
 def libvirt_text(options: VirtualMachineOptions) -> str:
     """The parts of a domain. libvirt starts virtiofsd by itself; its own shmem device cannot be read-only, hence the arguments."""
-    arguments = [each for pair in options.table_options() for each in pair]
+    arguments = [each for pair in options.table_options(device_as_json=True) for each in pair]
     lines = [
         "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>",
         "  <memoryBacking>",

@@ -1,5 +1,6 @@
 """What QEMU and libvirt are told: the options as they are, and what is refused."""
 
+import json
 import shlex
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -7,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from coherency.errors import UsageError
-from coherency.vm_args import VirtualMachineOptions, libvirt_text, qemu_text
+from coherency.vm_args import VirtualMachineOptions, libvirt_text, qemu_text, qemu_version
 
 OPTIONS = VirtualMachineOptions("work", "vm1", "/run/coherency", 1 << 24, True, "/usr/lib/qemu/virtiofsd")
 QEMU_NS = "{http://libvirt.org/schemas/domain/qemu/1.0}"
@@ -73,8 +74,24 @@ def test_the_elements_of_libvirt() -> None:
     assert target.attrib == {"type": "virtio", "name": "coherency.0"}
     assert [each.attrib["dir"] for each in filesystem if "dir" in each.attrib] == ["/run/coherency/work/vm", "coherency-work"]
     arguments = [each.attrib["value"] for each in domain.iter(f"{QEMU_NS}arg")]
-    assert arguments == [word for pair in OPTIONS.table_options() for word in pair]
+    assert arguments[:3] == [*OPTIONS.table_options()[0], "-device"]
     assert "readonly=on" in arguments[1]
+    assert json.loads(arguments[3]) == {"driver": "ivshmem-plain", "memdev": "coherency-work-table"}
+
+
+@pytest.mark.parametrize(
+    ("said", "reconnect"),
+    [
+        ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright (c)", "reconnect=1"),
+        ("QEMU emulator version 9.1.3", "reconnect=1"),
+        ("QEMU emulator version 9.2.0", "reconnect-ms=1000"),
+        ("QEMU emulator version 10.2.0 (qemu-10.2.0-1.fc44)", "reconnect-ms=1000"),
+        ("", "reconnect=1"),
+    ],
+)
+def test_how_qemu_is_told_to_connect_again_depends_on_its_version(said: str, reconnect: str) -> None:
+    options = replace(OPTIONS, qemu_version=qemu_version(said))
+    assert f"socket,id=coherency-work-control,path=/run/coherency/work/control.sock,{reconnect}" in words(qemu_text(options))
 
 
 def test_another_port_is_named_on_both_sides() -> None:
@@ -87,9 +104,16 @@ def test_another_port_is_named_on_both_sides() -> None:
     "change",
     [
         {"name": "a,b"}, {"guest": "vm 1"}, {"guest": ""}, {"port": "a=b"}, {"memory": "much"}, {"memory": "512M,share=off"},
-        {"runtime_root": "/run/a,readonly=off"},
+        {"runtime_root": "/run/a,readonly=off"}, {"runtime_root": "/run/a b"}, {"runtime_root": "/run/$a"},
     ],
 )  # fmt: skip
 def test_what_would_become_another_option_is_refused(change: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         replace(OPTIONS, **change)  # type: ignore[arg-type]
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_refused() -> None:
+    room = 107 - len("/run/coherency/work-.virtiofs")
+    assert len(replace(OPTIONS, guest="g" * min(room, 64)).virtiofsd_socket) <= 107
+    with pytest.raises(UsageError, match="too long for a socket, by 1 bytes"):
+        replace(OPTIONS, runtime_root="/" + "r" * (107 - len("/work/control.sock")))
