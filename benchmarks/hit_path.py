@@ -12,23 +12,20 @@ Exit codes: 0 measured (missed aims are printed), 1 could not measure, 2 impossi
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import CouldNotMeasure, describe, load_average, require_fuse
-from rounds import Aim, calls_per_block, end_progress, interleave, print_aims, ratio, show_progress, time_calls
+from machine import CouldNotMeasure, describe, require_fuse
+from report import Aim, Document, run
+from rounds import calls_per_block, interleave, ratio, show_progress, time_calls
 from served import Served
-
-from coherency.errors import CoherencyError
 
 MODES = ("none", "access", "always", "prompt", "strict")
 NATIVE, AGENT, BESIDE_AGENT = "native", "GuestAgent.stat", "os.stat"
@@ -222,7 +219,7 @@ def aims(stats: dict[int, dict[str, Cost]], second_walk: dict[str, Cost], tables
     return found
 
 
-def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
+def measure(rounds: int) -> tuple[Document, list[Aim]]:
     """Everything, as the JSON document, and the aims."""
     require_fuse()
     show_progress("starting a daemon and five guests, making files")
@@ -235,14 +232,13 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
     for files in TABLE_SHARES:
         show_progress(f"memory of the table, {files} files")
         tables.append(table_memory(files))
-    end_progress()
     found = aims(stats, second, tables)
 
     def summaries(costs: dict[str, Cost]) -> dict[str, dict[str, float]]:
         return {name: cost.summary(costs[NATIVE]) for name, cost in costs.items()}
 
     document = {
-        "machine": machine | {"load average at the end": load_average()},
+        "machine": machine,
         "rounds": rounds,
         "stat": {str(depth): summaries(costs) for depth, costs in stats.items()},
         "walk": {
@@ -252,14 +248,11 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
             "second": summaries(second),
         },
         "table": tables,
-        "aims": [asdict(aim) | {"met": aim.met} for aim in found],
     }
     return document, found
 
 
-def print_report(document: dict[str, Any]) -> None:
-    for name, value in document["machine"].items():
-        print(f"{name:24} {value}")
+def print_report(document: Document) -> None:
     print(f"{'rounds':24} {document['rounds']}, walks {document['walk']['rounds']}")
     for depth, costs in document["stat"].items():
         _print_costs(f"stat of an unchanged file, depth {depth}", "per stat", costs)
@@ -272,7 +265,6 @@ def print_report(document: dict[str, Any]) -> None:
             f"  {table['files']:6} files: {table['table_bytes']:,} bytes, of them allocated {table['allocated_bytes']:,}"
             f" ({table['allocated_bytes_at_start']:,} before anybody looked)"
         )
-    print_aims(document["aims"])
 
 
 def _print_costs(title: str, unit: str, costs: dict[str, dict[str, float]]) -> None:
@@ -285,26 +277,10 @@ def _print_costs(title: str, unit: str, costs: dict[str, dict[str, float]]) -> N
         print(f"  {name:18}{figures}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Nanoseconds per stat in each mode, and host trips per stat.")
-    parser.add_argument("--rounds", type=int, default=31, help="how often each subject has its turn (default: 31)")
-    parser.add_argument("--json", action="store_true", help="print a JSON document instead of tables")
-    parser.add_argument("--strict-aims", action="store_true", help="exit with 3 if an aim is missed")
-    options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    try:
-        document, found = measure(options.rounds)
-    except (CouldNotMeasure, CoherencyError, OSError) as error:
-        end_progress()
-        print(f"hit_path: {error}", file=sys.stderr)
-        return 1
-    if options.json:
-        print(json.dumps(document, indent=2))
-    else:
-        print_report(document)
-    return 3 if options.strict_aims and not all(aim.met for aim in found) else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        run(
+            "Nanoseconds per stat in each mode, and host trips per stat.", measure, print_report,
+            rounds=31, rounds_are="how often each subject has its turn",
+        )
+    )  # fmt: skip

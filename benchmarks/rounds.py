@@ -13,22 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-
-@dataclass(frozen=True)
-class Aim:
-    """One of what this project wants to reach, and whether it did."""
-
-    text: str
-    value: float
-    limit: float
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.limit
-
 
 BLOCK_NS = 5_000_000
 """How long one subject is measured in one round, roughly."""
@@ -71,14 +56,6 @@ def interleave(subjects: Mapping[str, Callable[[int], float]], rounds: int, titl
 def ratio(figures: Sequence[float], reference: Sequence[float]) -> float:
     """Rule 2."""
     return statistics.median(mine / theirs for mine, theirs in zip(figures, reference, strict=True))
-
-
-def print_aims(aims: Sequence[Mapping[str, Any]]) -> None:
-    """Each :class:`Aim`, as a dict with ``met``, on a line of its own."""
-    print("\naims")
-    for aim in aims:
-        value, limit = (format(each, ",d" if isinstance(each, int) else ".2f") for each in (aim["value"], aim["limit"]))
-        print(f"  {'met   ' if aim['met'] else 'MISSED'}  {aim['text']}: {value}, at most {limit}")
 
 
 def show_progress(text: str) -> None:

@@ -18,7 +18,6 @@ Exit codes: 0 measured (missed aims are printed), 1 could not measure, 2 impossi
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import json
 import os
@@ -28,15 +27,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from machine import CouldNotMeasure, describe, load_average, require_fuse
-from rounds import Aim, end_progress, interleave, print_aims, ratio, show_progress
+from machine import CouldNotMeasure, describe, require_fuse
+from report import Aim, Document, print_table, run
+from rounds import interleave, ratio, show_progress
 from served import Served
-
-from coherency.errors import CoherencyError
 
 GUESTS = 16
 SHARERS = (1, 4, 16)
@@ -278,7 +275,7 @@ def revalidation() -> dict[str, float]:
 # --- all of it ------------------------------------------------------------------------------------------------------
 
 
-def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
+def measure(rounds: int) -> tuple[Document, list[Aim]]:
     """Everything, as the JSON document, and the aims."""
     require_fuse()
     with ExitStack() as undo:
@@ -291,7 +288,6 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
         late[_PAST_THE_EXPORT] = staleness(served, "strict", served.share)
         polled = {mode: appending(served, mode) for mode in POLLED_MODES}
     revalidated = revalidation()
-    end_progress()
     found = [
         *(
             Aim(f"{kind}: {_UNSHARED} / {_NONE}", cases[_UNSHARED]["times_no_guest"], 1.2)
@@ -303,7 +299,7 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
         Aim(f"host trips of {REVALIDATIONS} re-validations", revalidated["host_trips"], 0),
     ]
     document = {
-        "machine": machine | {"load average at the end": load_average()},
+        "machine": machine,
         "rounds": rounds,
         "changes_per_round": CHANGES_PER_ROUND,
         "change": costs,
@@ -311,52 +307,24 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
         "staleness": late,
         "appending": polled,
         "revalidation": revalidated,
-        "aims": [asdict(aim) | {"met": aim.met} for aim in found],
     }
     return document, found
 
 
-def print_report(document: dict[str, Any]) -> None:
-    for name, value in document["machine"].items():
-        print(f"{name:24} {value}")
+def print_report(document: Document) -> None:
     print(f"{'rounds':24} {document['rounds']}, {document['changes_per_round']} changes in each")
     for kind, cases in document["change"].items():
-        _print_table(f"cost of a {kind} on the export", cases)
-    _print_table("recall to ack, one sharer", document["recall_to_ack"])
-    _print_table("how late a polling guest sees a change", document["staleness"])
-    _print_table(f"one guest appends, another polls, {POLLING_S:.0f} s", document["appending"])
-    _print_table("a look after the lease's time", {"strict": document["revalidation"]})
-    print_aims(document["aims"])
-
-
-def _print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    print(f"\n{title}")
-    columns = list(next(iter(rows.values())))
-    print("  " + " " * 28 + "".join(f"{column:>20}" for column in columns))
-    for name, row in rows.items():
-        print(f"  {name:28}" + "".join(f"{row[column]:>20}" for column in columns))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="What changes of shared files cost, and how late guests see them.")
-    parser.add_argument("--rounds", type=int, default=11, help="how often each case has its turn (default: 11)")
-    parser.add_argument("--json", action="store_true", help="print a JSON document instead of tables")
-    parser.add_argument("--strict-aims", action="store_true", help="exit with 3 if an aim is missed")
-    options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    try:
-        document, found = measure(options.rounds)
-    except (CouldNotMeasure, CoherencyError, OSError) as error:
-        end_progress()
-        print(f"sharing: {error}", file=sys.stderr)
-        return 1
-    if options.json:
-        print(json.dumps(document, indent=2))
-    else:
-        print_report(document)
-    return 3 if options.strict_aims and not all(aim.met for aim in found) else 0
+        print_table(f"cost of a {kind} on the export", cases)
+    print_table("recall to ack, one sharer", document["recall_to_ack"])
+    print_table("how late a polling guest sees a change", document["staleness"])
+    print_table(f"one guest appends, another polls, {POLLING_S:.0f} s", document["appending"])
+    print_table("a look after the lease's time", {"strict": document["revalidation"]})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        run(
+            "What changes of shared files cost, and how late guests see them.", measure, print_report,
+            rounds=11, rounds_are="how often each case has its turn",
+        )
+    )  # fmt: skip

@@ -19,24 +19,20 @@ Exit codes: 0 measured (missed aims are printed), 1 could not measure, 2 impossi
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import vm_guest
-from machine import REPOSITORY, CouldNotMeasure, describe, load_average, require_fuse
-from rounds import Aim, end_progress, print_aims, show_progress
+from machine import REPOSITORY, CouldNotMeasure, describe, require_fuse
+from report import Aim, Document, print_table, run
+from rounds import show_progress
 from served import Served
-
-from coherency.errors import CoherencyError
 
 sys.path.append(str(REPOSITORY))  # machines are the tests'
 
@@ -225,7 +221,7 @@ def stale_reads(bench: Bench, mode: str) -> dict[str, int]:
 # --- all of it ------------------------------------------------------------------------------------------------------
 
 
-def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
+def measure(rounds: int) -> tuple[Document, list[Aim]]:
     """Everything, as the JSON document, and the aims."""
     require_fuse()
     if reason := parts.why_no_vm():
@@ -243,7 +239,6 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
             stale[ours] = stale_reads(bench, ours)
             bench.unmount()
         costs = summary(found)
-    end_progress()
     aims = [
         Aim("stat: strict / stock always", costs["stat"]["strict"]["times_always"], 1.5),
         Aim("stat: strict / stock none", costs["stat"]["strict"]["times_none"], 1 / 8),
@@ -251,57 +246,26 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Aim]]:
         Aim(f"stale reads of access in {CHANGES}", stale["access"]["stale"], 0),
     ]
     document = {
-        "machine": machine | {"load average at the end": load_average()},
+        "machine": machine,
         "rounds": rounds,
         "operations": costs,
         "stale_reads": {mode: stale[mode] for mode in ALL},
-        "aims": [asdict(aim) | {"met": aim.met} for aim in aims],
     }
     return document, aims
 
 
-def print_report(document: dict[str, Any]) -> None:
-    for name, value in document["machine"].items():
-        print(f"{name:24} {value}")
+def print_report(document: Document) -> None:
     print(f"{'rounds':24} {document['rounds']} in each turn")
     for title, rows in document["operations"].items():
-        _print_table(title, rows)
-    _print_table("stale reads while the other machine changes the file", document["stale_reads"])
-    print_aims(document["aims"])
-
-
-def _print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    print(f"\n{title}")
-    columns = list(next(iter(rows.values())))
-    print("  " + " " * 16 + "".join(f"{column:>20}" for column in columns))
-    for name, row in rows.items():
-        print(f"  {name:16}" + "".join(f"{row[column]:>20}" for column in columns))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="What virtual machines get from stock virtiofs, and from ours over it."
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="how often each mode is measured in each turn (default: 5)"
-    )
-    parser.add_argument("--json", action="store_true", help="print a JSON document instead of tables")
-    parser.add_argument("--strict-aims", action="store_true", help="exit with 3 if an aim is missed")
-    options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    try:
-        document, found = measure(options.rounds)
-    except (CouldNotMeasure, CoherencyError, VmError, OSError, subprocess.SubprocessError) as error:
-        end_progress()
-        print(f"vm: {error}", file=sys.stderr)
-        return 1
-    if options.json:
-        print(json.dumps(document, indent=2))
-    else:
-        print_report(document)
-    return 3 if options.strict_aims and not all(aim.met for aim in found) else 0
+        print_table(title, rows)
+    print_table("stale reads while the other machine changes the file", document["stale_reads"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        run(
+            "What virtual machines get from stock virtiofs, and from ours over it.", measure, print_report,
+            rounds=5, rounds_are="how often each mode is measured in each turn",
+            troubles=(VmError, subprocess.SubprocessError),
+        )
+    )  # fmt: skip
