@@ -73,6 +73,11 @@ def answers_of_all(questions: list[str], trees: Iterable[Path]) -> list[dict[str
     return [answers(questions, tree) for tree in trees]
 
 
+def answers_to(asked: Iterable[tuple[list[str], Path]]) -> list[dict[str, Any]]:
+    """To questions of several trees, to each its own."""
+    return [answers(questions, tree) for questions, tree in asked]
+
+
 def what_changes(row: str, tree: Path) -> list[str]:
     """The questions whose answers this row changes; found out in the empty directory `tree`, on the host."""
     if row in NEEDS_A_DAEMON:
@@ -85,7 +90,12 @@ def what_changes(row: str, tree: Path) -> list[str]:
     end(tree)
     changed = {question.partition(":")[0] for question in differences(before, after)}
     # What has become a device (a whiteout) can be looked at and not opened on a mount: that is no question of coherence.
-    return sorted(changed - {f"read {name}" for name in NAMES if _is_device(tree / name)})
+    asked = changed - {f"read {name}" for name in NAMES if _is_device(tree / name)}
+    # Of what says the same twice, once is enough: of a file that is no link, and of a listing.
+    asked -= {f"stat {name}" for name in NAMES if f"lstat {name}" in asked and not (tree / name).is_symlink()}
+    asked -= {f"listdir {name}" for name in NAMES if f"scandir {name}" in asked}
+    # Attributes last: reading makes a kernel fetch them again (atime), and it shall have them when the change comes.
+    return sorted(asked, key=lambda question: ("stat " in question, question))
 
 
 def _is_device(path: Path) -> bool:
