@@ -146,7 +146,7 @@ class Service:
             until_owned.pop_all()
         if watched is not None and shown is not None:
             self.watcher = Watcher(
-                watched, self.changes, shown=shown, number_on=export.nodes.number_on,
+                watched, self.changes, shown=shown, number_on=export.nodes.number_if_met,
                 tell=lambda happened: events.tell(*happened), wanted=lambda: events.wanted,
             )  # fmt: skip
             undo.callback(self.watcher.close)

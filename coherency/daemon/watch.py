@@ -87,12 +87,12 @@ class Watcher:
         changes: Changes,
         *,
         shown: Shown,
-        number_on: Callable[[int, int], HostInode],
+        number_on: Callable[[int, int], HostInode | None],
         tell: Callable[[Sequence[Event]], None] | None = None,
         wanted: Callable[[], bool] = lambda: True,
         reach: Callable[[str], None] = _pass,
     ) -> None:
-        """``watched`` stays the caller's, and is closed after this. ``number_on``: see ``NodeStore.number_on``. ``tell`` is
+        """``watched`` stays the caller's, and is closed after this. ``number_on``: see ``NodeStore.number_if_met``. ``tell`` is
         called by rule 6, if ``wanted()``, from the watcher's thread; it must neither wait nor raise. ``reach``: see named points.
         """
         self._watched, self._changes, self._shown, self._number_on = watched, changes, shown, number_on
@@ -140,12 +140,17 @@ class Watcher:
         poll.register(self._wakeup, select.POLLIN)
         poll.register(self._watched.group.fd, select.POLLIN)
         poll.register(mountinfo, select.POLLPRI)  # is told as an error, too: proc_pid_mountinfo(5)
+        self._look()  # at what was mounted before this descriptor was opened
         while not self._closing:
             happened = {fd for fd, _ in poll.poll()}
-            if mountinfo in happened and self._watched.look():
-                self._changes.made_anywhere()  # rule 5, after the mark
+            if mountinfo in happened:
+                self._look()
             if self._watched.group.fd in happened and not self.read_and_deal():
                 time.sleep(_OWN_PAUSE_S)
+
+    def _look(self) -> None:
+        if self._watched.look():
+            self._changes.made_anywhere()  # rule 5, after the mark
 
     def read_and_deal(self) -> bool:
         """Deal with what has happened, as far as one read tells it; returns whether somebody else has done anything.
@@ -202,4 +207,4 @@ class Watcher:
         found = None if handle is None else self._watched.identity(fsid, handle)
         if found is None:
             raise _Unknown
-        return self._number_on(*found)
+        return self._number_on(*found) or _NOBODY

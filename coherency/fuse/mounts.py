@@ -27,6 +27,7 @@ class Mount(NamedTuple):
     kind: str
     device: int  # the minor number; of a FUSE mount, that of its connection
     number: int  # not used again while it is mounted
+    major: int  # of the device
 
 
 def mounts() -> list[Mount]:
@@ -37,8 +38,8 @@ def mounts() -> list[Mount]:
             before, _, after = line.partition(b" - ")
             fields = before.split(b" ")
             path = _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), fields[4])
-            kind, device = os.fsdecode(after.split(b" ")[0]), int(fields[2].split(b":")[1])
-            found.append(Mount(path, kind, device, int(fields[0])))
+            kind, (major, minor) = os.fsdecode(after.split(b" ")[0]), map(int, fields[2].split(b":"))
+            found.append(Mount(path, kind, minor, int(fields[0]), major))
     return found
 
 

@@ -130,7 +130,7 @@ class World:
         self.changes = changes(self.table, recalls=self)
         self.shown = shown
         self.export = export(os.open(root, os.O_RDONLY), self.changes, descriptor_limit=16, shown=self.shown)
-        self.watcher = Watcher(self, self.changes, shown=self.shown, number_on=self.export.nodes.number_on)  # type: ignore[arg-type]
+        self.watcher = Watcher(self, self.changes, shown=self.shown, number_on=self.export.nodes.number_if_met)  # type: ignore[arg-type]
         self.registered: set[GrantKey] = set()
         self.names: dict[HostInode, GrantKey] = {}
         self.events = b""

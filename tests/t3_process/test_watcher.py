@@ -29,6 +29,7 @@ class Kernel:
     def __init__(self) -> None:
         self.fd, self._feed = os.pipe()
         self.fault: BaseException | None = None
+        self.calls: list[str] = []
         self.unwatched: dict[str, str] = {}
 
     @property
@@ -39,6 +40,7 @@ class Kernel:
         os.write(self._feed, b"".join(events))
 
     def read(self) -> bytes:
+        self.calls.append("read")
         if self.fault is not None:
             raise self.fault
         return os.read(self.fd, 1 << 16)
@@ -48,6 +50,7 @@ class Kernel:
         return None if found is None or found.ino == GONE else (1, found.ino)
 
     def look(self) -> bool:
+        self.calls.append("look")
         return False
 
     def close(self) -> None:
@@ -240,6 +243,13 @@ def test_it_deals_with_what_happens_until_it_is_closed(desk: Desk) -> None:
     desk.kernel.happens(of_inode(fan.MODIFY, OTHER))
     until(lambda: len(desk.announced) == 2)
     assert desk.announced == [(attributes_key(slot),) for ino in (SHOWN, OTHER) for slot in desk.table.slots_of((ino,))]
+
+
+def test_it_looks_for_mounts_that_came_before_it_was_ready(desk: Desk) -> None:
+    desk.kernel.happens(of_inode(fan.MODIFY, SHOWN))
+    desk.watcher.start()
+    until(lambda: desk.announced)
+    assert desk.kernel.calls[:2] == ["look", "read"]
 
 
 def _of_another_kernel(desk: Desk) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from coherency.daemon import watched as watched_module
+from coherency.daemon.watched import Watched
+from coherency.fuse.mounts import mounts
+from tests.descriptors import open_descriptors
 from tests.file_systems import mounted, run
 from tests.granting_guest import state
 from tests.guests import ROOT, Host
@@ -37,6 +43,12 @@ class Grounds:
         self._marks += 1
         os.utime(self.share / "mark", ns=(self._marks, self._marks))
         until(lambda: os.stat(self.guest / "mark").st_mtime_ns == self._marks)
+
+    def warm(self, *names: str) -> None:
+        """The guest's kernel has what it may have of these."""
+        for _ in range(3):
+            self.look(*names)
+            self.host.status()  # what the guest has asked for is confirmed by then
 
     def bumps(self) -> int:
         """So far, the mark's included."""
@@ -186,6 +198,83 @@ def test_mounts_elsewhere_are_no_business_of_it(grounds: Grounds) -> None:
         grounds.await_all_seen()
     grounds.await_all_seen()
     assert grounds.host.status()["epoch"] == epoch
+
+
+@contextlib.contextmanager
+def watched_share(directory: Path) -> Iterator[tuple[Path, Watched]]:
+    """Without a daemon."""
+    share = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.closing(Watched(share, directory)) as watched:
+            yield directory, watched
+    finally:
+        os.close(share)
+
+
+def test_what_was_mounted_anew_before_anybody_looked_is_watched(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the list of mounts tells, if the kernel uses its numbers again."""
+    with mounted("tmpfs", socket_dir):
+        below = socket_dir / "below"
+        below.mkdir()
+        with mounted("tmpfs", below), watched_share(socket_dir) as (_, watched):
+            before = mounts()
+            monkeypatch.setattr(watched_module, "mounts", lambda: before)
+            assert not watched.look(), "control: there is nothing to see"
+            run("umount", below)
+            run("mount", "-t", "tmpfs", "none", below)
+            assert watched.look()
+            (below / "file").touch()
+            assert watched.group.read(), "it is watched"
+            assert not watched.look()
+
+
+@pytest.mark.expected_logs(r"changes made directly in .* are not seen: a file system of type")
+@pytest.mark.parametrize("kind", ["nfs4", "virtiofs", "fuse.sshfs", "9p"])
+def test_whose_server_need_not_answer_is_not_asked(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    below = socket_dir / "below"
+    below.mkdir()
+    with mounted("tmpfs", below):
+        shown_as = [each._replace(kind=kind) if each.path == os.fsencode(below) else each for each in mounts()]
+        monkeypatch.setattr(watched_module, "mounts", lambda: shown_as)
+        with watched_share(socket_dir) as (_, watched):
+            assert list(watched.unwatched) == [str(below)]
+            (below / "file").touch()
+            assert not watched.group.read(), "nobody has touched it"
+
+
+def test_a_watch_that_cannot_be_set_up_leaves_nothing_open(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_descriptors(_fd: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "dup", out_of_descriptors)
+    before = open_descriptors()
+    with pytest.raises(OSError, match="Too many open files"), watched_share(socket_dir):
+        pass
+    assert open_descriptors() == before
+
+
+def test_subvolumes_are_watched_and_flood_nobody(socket_dir: Path) -> None:
+    """Each has numbers of its own; what is gone is known by its number in them, too."""
+    with mounted("btrfs", socket_dir), Host(socket_dir) as host:
+        (host.share / "mark").touch()
+        for subvolume in (socket_dir / "elsewhere", host.share / "inside"):
+            run("btrfs", "subvolume", "create", subvolume)
+        grounds = Grounds(host)
+        grounds.warm("inside")
+        grounds.await_all_seen()
+        before = host.status()["host_events"]
+        for place in (socket_dir / "elsewhere", host.share / "inside"):
+            for number in range(CHANGES):
+                (place / "file").write_text("x" * number)
+                if place.parent == host.share:
+                    until(lambda number=number: os.stat(grounds.guest / "inside/file").st_size == number)  # type: ignore[misc]
+                os.unlink(place / "file")
+        until(lambda: not os.path.exists(grounds.guest / "inside/file"))
+        grounds.await_all_seen()
+        assert host.status()["host_events"] > before + CHANGES
+        assert host.status()["epoch"] == 1
 
 
 # --- where it cannot be done, or only in part ------------------------------------------------------------------------
