@@ -5,8 +5,10 @@
 2. The daemon's own events are skipped: whatever goes through the export has been a change of the table already. When
    nothing else has come, the next look is a moment later: to wake up for each write of a guest would cost as much as the write.
 3. Only inodes that were shown matter (``shown``): the file system may be large, and the share a small part of it.
-4. A name may have been taken away from what is removed or renamed, and from whatever changes without a name being told: so
-   the kernel tells of an inode that a rename has replaced.
+4. A name may have been taken away from what is removed or renamed, and from a file that changes without a name being told: so
+   the kernel tells of what a rename has replaced. So it does of a directory, but also of any other change of that; hence it is
+   looked whether it is gone. A new owner takes names away, too (``export``). Which attribute has changed is not told, so the
+   owner is compared with all that guests were told. Both when the words have moved.
 5. What cannot be known is taken for a change of everything: events that did not fit into the queue, inodes that nobody can
    tell the number of, mounts that come and go below the share, and the end of this thread by a fault.
 6. Programs in guests hear of a change when the caches are right: after the batch.
@@ -22,7 +24,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from coherency.daemon.changes import Changes
@@ -31,12 +33,14 @@ from coherency.daemon.fanotify_events import (
     CREATE,
     DELETE,
     DELETE_SELF,
+    ONDIR,
     Q_OVERFLOW,
     RENAME,
     HostEvent,
     events_of_others,
 )
 from coherency.daemon.host_happened import Known, told_of
+from coherency.daemon.owners import Owner, Owners
 from coherency.daemon.shown import Shown
 from coherency.daemon.watched import Watched
 from coherency.events import Event
@@ -69,6 +73,8 @@ class _Batch:
     def __init__(self) -> None:
         self.inodes: set[HostInode] = set()
         self.leaving: set[HostInode] = set()
+        self.doubtful: dict[HostInode, HostEvent] = {}
+        """What may have a new owner, or be gone."""
         self.everything = False
         self.happened: list[Known] = []
         """In its order, if somebody wants to be told."""
@@ -87,6 +93,7 @@ class Watcher:
         changes: Changes,
         *,
         shown: Shown,
+        owners: Owners,
         number_on: Callable[[int, int], HostInode | None],
         tell: Callable[[Sequence[Event]], None] | None = None,
         wanted: Callable[[], bool] = lambda: True,
@@ -96,6 +103,7 @@ class Watcher:
         called by rule 6, if ``wanted()``, from the watcher's thread; it must neither wait nor raise. ``reach``: see named points.
         """
         self._watched, self._changes, self._shown, self._number_on = watched, changes, shown, number_on
+        self._owners = owners
         self._tell, self._wanted, self.reach = tell, wanted, reach
         self._own_pid = os.getpid()
         self._events = self._overflows = self._unknown = 0
@@ -176,7 +184,7 @@ class Watcher:
         if batch.everything:
             self._changes.made_anywhere()
         elif batch.inodes:
-            self._changes.made_elsewhere(batch.inodes, batch.leaving)
+            self._changes.made_elsewhere(batch.inodes, self._leaving(batch))
         if self._tell is not None and (events := list(told_of(batch.happened))):
             self._tell(events)
         return self._events > before
@@ -184,10 +192,13 @@ class Watcher:
     def _sort(self, event: HostEvent, batch: _Batch, telling: bool) -> None:
         mask, fsid = event.mask, event.fsid
         target = self._find(fsid, event.target)
+        nameless = bool(mask & ATTRIB) and event.directory is None
         if target in self._shown:
             batch.inodes.add(target)
-            if mask & (DELETE | RENAME) or (mask & (ATTRIB | DELETE_SELF) and event.directory is None):  # rule 4
+            if mask & (DELETE | DELETE_SELF | RENAME) or (nameless and not mask & ONDIR):  # rule 4
                 batch.leaving.add(target)
+            elif mask & ATTRIB:
+                batch.doubtful[target] = event
         if not (mask & _OF_NAMES or telling):
             return
         parent = self._shown_directory(fsid, event.directory)
@@ -196,6 +207,17 @@ class Watcher:
             batch.inodes.update(each for each in (parent, new_parent) if each is not _NOBODY)
         if telling:
             batch.happened.append(Known(event, target, parent, new_parent, target in self._shown))
+
+    def _leaving(self, batch: _Batch) -> Iterator[HostInode]:
+        """Rule 4; to be asked for when the words have moved."""
+        yield from batch.leaving
+        for ino, event in batch.doubtful.items():
+            owner = self._owner(event)
+            if owner is None or self._owners.another_was_told(ino, owner):
+                yield ino
+
+    def _owner(self, event: HostEvent) -> Owner | None:
+        return None if event.target is None else self._watched.owner(event.fsid, event.target)
 
     def _shown_directory(self, fsid: int, handle: bytes | None) -> HostInode:
         if handle is None:

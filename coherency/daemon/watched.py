@@ -112,6 +112,12 @@ class Watched:
             device = file_system.devices[found.tree] = status.st_dev
         return device, found.ino
 
+    def owner(self, fsid: int, handle: bytes) -> tuple[int, int] | None:
+        """To whom, and to which group, the inode belongs now; None if it is gone, or nobody can know it."""
+        file_system = self._by_fsid.get(fsid)
+        status = None if file_system is None else self._opened(file_system, handle)
+        return None if status is None or not status.st_nlink else (status.st_uid, status.st_gid)
+
     def close(self) -> None:
         self.group.close()
         os.close(self._share)

@@ -10,6 +10,7 @@ from coherency.daemon import fanotify_events as fan
 from coherency.daemon.changes import Changes
 from coherency.daemon.fanotify import why_not
 from coherency.daemon.fanotify_events import numbered
+from coherency.daemon.owners import Owner, Owners
 from coherency.daemon.shown import Shown
 from coherency.daemon.watch import Watcher
 from coherency.events import Event, EventKind
@@ -20,7 +21,10 @@ from coherency.shm_table import TableWriter, bytes_needed
 from tests.host_events import event, of_inode, of_name, of_rename
 from tests.waiting import until
 
-ROOT, SHOWN, OTHER, HIDDEN, HIDDEN_DIRECTORY, GONE = (HostInode(number) for number in (2, 11, 12, 13, 14, 15))
+SOMEBODY, ANOTHER = (1001, 1002), (1003, 1004)
+ROOT, SHOWN, OTHER, HIDDEN, HIDDEN_DIRECTORY, GONE, REPLACED = (
+    HostInode(number) for number in (2, 11, 12, 13, 14, 15, 16)
+)
 
 
 class Kernel:
@@ -31,6 +35,7 @@ class Kernel:
         self.fault: BaseException | None = None
         self.calls: list[str] = []
         self.unwatched: dict[str, str] = {}
+        self.owners: dict[int, Owner | None] = {}
 
     @property
     def group(self) -> "Kernel":
@@ -48,6 +53,11 @@ class Kernel:
     def identity(self, _fsid: int, handle: bytes) -> tuple[int, int] | None:
         found = numbered(handle)
         return None if found is None or found.ino == GONE else (1, found.ino)
+
+    def owner(self, _fsid: int, handle: bytes) -> Owner | None:
+        found = numbered(handle)
+        assert found is not None
+        return self.owners.get(found.ino, SOMEBODY)
 
     def look(self) -> bool:
         self.calls.append("look")
@@ -69,12 +79,14 @@ class Desk:
         self.said: list[str] = []
         self.wanted = True
         shown = Shown()
-        for ino in (ROOT, SHOWN, OTHER):
+        self.owners = Owners()
+        for ino in (ROOT, SHOWN, OTHER, REPLACED):
             shown.mark(ino)
+            self.owners.tell(ino, SOMEBODY)
         self.kernel = Kernel()
         self.changes = Changes(self.table, recalls=self)
         self.watcher = Watcher(
-            self.kernel, self.changes, shown=shown, number_on=lambda _, ino: HostInode(ino),  # type: ignore[arg-type]
+            self.kernel, self.changes, shown=shown, owners=self.owners, number_on=lambda _, ino: HostInode(ino),  # type: ignore[arg-type]
             tell=self.tell, wanted=lambda: self.wanted,
         )  # fmt: skip
 
@@ -95,6 +107,16 @@ class Desk:
         self.kernel.happens(*events)
         self.watcher.read_and_deal()
         return self.told
+
+    def told_when_touched(self, ino: HostInode, *owners: Owner) -> None:
+        """A guest has asked before, and is answered at the last moment at which it may take the answer for valid."""
+
+        def reach(point: str) -> None:
+            if point == "touched":
+                for owner in owners:
+                    self.owners.tell(ino, owner)
+
+        self.changes.reach = reach
 
     def keys(self, *inodes: HostInode, leaving: tuple[HostInode, ...] = ()) -> tuple[GrantKey, ...]:
         return keys_of(self.table.slots_of(inodes), self.table.slots_of(leaving))
@@ -123,7 +145,9 @@ def desk() -> Iterator[Desk]:
         (of_name(fan.DELETE, SHOWN, ROOT, b"n"), (ROOT, SHOWN), (SHOWN,)),
         (of_name(fan.DELETE, SHOWN, HIDDEN_DIRECTORY, b"n"), (SHOWN,), (SHOWN,)),
         (of_inode(fan.ATTRIB, SHOWN), (SHOWN,), (SHOWN,)),
+        (of_inode(fan.ATTRIB | fan.ONDIR, SHOWN), (SHOWN,), ()),
         (of_inode(fan.DELETE_SELF, SHOWN), (SHOWN,), (SHOWN,)),
+        (of_inode(fan.DELETE_SELF | fan.ONDIR, SHOWN), (SHOWN,), (SHOWN,)),
         (of_inode(fan.MODIFY, SHOWN), (SHOWN,), ()),
         (of_rename(fan.RENAME, SHOWN, (ROOT, b"n"), (OTHER, b"m")), (ROOT, SHOWN, OTHER), (SHOWN,)),
         (of_rename(fan.RENAME, HIDDEN, (HIDDEN_DIRECTORY, b"n"), (OTHER, b"m")), (OTHER,), ()),
@@ -136,6 +160,26 @@ def test_each_batch_is_one_touch_and_one_recall(
     desk.hear(events)
     assert desk.announced == [desk.keys(*touched, leaving=leaving)]
     assert desk.table.statistics().bumps == len(touched)
+
+
+@pytest.mark.parametrize(
+    "events", [of_name(fan.ATTRIB, SHOWN, ROOT, b"n"), of_inode(fan.ATTRIB | fan.ONDIR, SHOWN)], ids=["file", "directory"]
+)
+@pytest.mark.parametrize(
+    ("now", "told", "leaving"),
+    [
+        (SOMEBODY, (), ()), (ANOTHER, (), (SHOWN,)), (None, (), (SHOWN,)),
+        (ANOTHER, (ANOTHER,), (SHOWN,)), (SOMEBODY, (ANOTHER,), (SHOWN,)),
+    ],
+    ids=["the same", "a new one", "gone", "a new one that was told of already", "and back"],
+)  # fmt: skip
+def test_a_new_owner_recalls_names_and_other_attributes_do_not(
+    desk: Desk, events: bytes, now: Owner | None, told: tuple[Owner, ...], leaving: tuple[HostInode, ...]
+) -> None:
+    desk.kernel.owners[SHOWN] = now
+    desk.told_when_touched(SHOWN, *told)
+    desk.hear(events)
+    assert desk.announced == [desk.keys(SHOWN, leaving=leaving)]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +267,7 @@ def test_a_change_under_way_stays_odd(desk: Desk) -> None:
     ],
 )  # fmt: skip
 def test_what_guests_are_told(desk: Desk, events: bytes, expected: list[Event]) -> None:
+    desk.kernel.owners[REPLACED] = None
     assert desk.hear(events) == expected
     desk.wanted = False
     assert desk.hear(events) == []

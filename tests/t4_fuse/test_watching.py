@@ -20,6 +20,7 @@ from tests.file_systems import mounted, run
 from tests.granting_guest import state
 from tests.guests import ROOT, Host
 from tests.mounts import detach
+from tests.scenarios.comparing import as_user
 from tests.waiting import until
 
 CHANGES = 20
@@ -153,6 +154,36 @@ def test_directories_that_were_made_or_moved_in_a_moment_ago(grounds: Grounds) -
             os.rename((grounds.share / file).parent, (grounds.share / file).parent.parent / "renamed")
             grounds.agrees(file)
             grounds.agrees(os.path.join(os.path.dirname(os.path.dirname(file)), "renamed/file"))
+
+
+def test_a_new_owner_counts_for_who_looks_at_nothing_before(grounds: Grounds) -> None:
+    """Whether a caller owns the file the guest's kernel decides by the owner that it was told last."""
+    (grounds.share / "given").touch()
+    os.chown(grounds.share / "given", 1001, 1002)
+    grounds.warm("given")
+    os.chown(grounds.share / "given", 7, 7)
+    for _ in range(2):  # the second of which was made when the first had been carried out
+        grounds.await_all_seen()
+    assert as_user(grounds.guest, lambda: os.chmod("given", 0o640), uid=1001) == "EPERM"
+    assert as_user(grounds.guest, lambda: os.chmod("given", 0o640), uid=7) is None
+
+
+def test_a_working_directory_keeps_its_path_when_its_attributes_change(grounds: Grounds) -> None:
+    (grounds.share / "working").mkdir()
+    grounds.warm("working")
+    fd = os.open(grounds.guest / "working", os.O_RDONLY)
+    try:
+        for number in range(3):
+            grounds.warm("working")
+            os.utime(grounds.share / "working", (number, number))
+            os.chmod(grounds.share / "working", 0o700 | number)
+            for _ in range(2):
+                grounds.await_all_seen()
+            assert os.readlink(f"/proc/self/fd/{fd}") == str(grounds.guest / "working")
+        os.chown(grounds.share / "working", 7, 7)
+        until(lambda: os.readlink(f"/proc/self/fd/{fd}").endswith("(deleted)"))  # control: so it is when names are recalled
+    finally:
+        os.close(fd)
 
 
 def test_a_file_system_that_is_mounted_below_the_share_later(grounds: Grounds) -> None:
