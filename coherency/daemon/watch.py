@@ -206,7 +206,9 @@ class Watcher:
         if mask & _OF_NAMES:
             batch.inodes.update(each for each in (parent, new_parent) if each is not _NOBODY)
         if telling:
-            batch.happened.append(Known(event, target, parent, new_parent, target in self._shown))
+            shown = target in self._shown
+            gone = shown and nameless and bool(mask & ONDIR) and self._owner(event) is None
+            batch.happened.append(Known(event, target, parent, new_parent, shown, gone))
 
     def _leaving(self, batch: _Batch) -> Iterator[HostInode]:
         """Rule 4; to be asked for when the words have moved."""

@@ -261,6 +261,18 @@ def test_a_change_under_way_stays_odd(desk: Desk) -> None:
             of_rename(fan.RENAME, HIDDEN, (ROOT, b"n"), (ROOT, b"m")) + of_inode(fan.ATTRIB, SHOWN, pid=1),
             [Event(EventKind.RENAMED, HIDDEN, False, ROOT, b"n", ROOT, b"m"), Event(EventKind.ATTRIBUTES, SHOWN, False)],
         ),
+        (  # the same with directories
+            of_rename(fan.RENAME | fan.ONDIR, HIDDEN, (ROOT, b"n"), (ROOT, b"m")) + of_inode(fan.ATTRIB | fan.ONDIR, REPLACED),
+            [Event(EventKind.RENAMED, HIDDEN, True, ROOT, b"n", ROOT, b"m", REPLACED)],
+        ),
+        (  # where another one is changed by the same process
+            of_rename(fan.RENAME | fan.ONDIR, HIDDEN, (ROOT, b"n"), (ROOT, b"m")) + of_inode(fan.ATTRIB | fan.ONDIR, SHOWN),
+            [Event(EventKind.RENAMED, HIDDEN, True, ROOT, b"n", ROOT, b"m"), Event(EventKind.ATTRIBUTES, SHOWN, True)],
+        ),
+        (  # from where nobody looks
+            of_rename(fan.RENAME, HIDDEN, (HIDDEN_DIRECTORY, b"n"), (ROOT, b"m")) + of_inode(fan.ATTRIB, SHOWN),
+            [Event(EventKind.CREATED, HIDDEN, False, ROOT, b"m"), Event(EventKind.ATTRIBUTES, SHOWN, False)],
+        ),
         (of_inode(fan.ATTRIB, OTHER) + of_name(fan.DELETE, SHOWN, ROOT, b"n"), [
             Event(EventKind.ATTRIBUTES, OTHER, False), Event(EventKind.REMOVED, SHOWN, False, ROOT, b"n"),
         ]),
