@@ -149,7 +149,7 @@ class Service:
         if watched is not None and shown is not None and owners is not None:
             self.watcher = Watcher(
                 watched, self.changes, shown=shown, owners=owners, number_on=export.nodes.number_if_met,
-                tell=lambda happened: events.tell(*happened), wanted=lambda: events.wanted,
+                tell=lambda happened, missing: events.tell(*happened, lost=missing), wanted=lambda: events.wanted,
             )  # fmt: skip
             undo.callback(self.watcher.close)
         try:

@@ -11,7 +11,8 @@
    owner is compared with all that guests were told. Both when the words have moved.
 5. What cannot be known is taken for a change of everything: events that did not fit into the queue, inodes that nobody can
    tell the number of, mounts that come and go below the share, and the end of this thread by a fault.
-6. Programs in guests hear of a change when the caches are right: after the batch.
+6. Programs in guests hear of a change when the caches are right: after the batch. Guests are told that they miss events
+   if there are some of which nothing is known.
 
 Named points, for tests: ``read`` (the kernel has told, nothing is looked at yet) and ``sorted`` (it is known what is
 concerned, nothing is done yet).
@@ -95,12 +96,13 @@ class Watcher:
         shown: Shown,
         owners: Owners,
         number_on: Callable[[int, int], HostInode | None],
-        tell: Callable[[Sequence[Event]], None] | None = None,
+        tell: Callable[[Sequence[Event], int], None] | None = None,
         wanted: Callable[[], bool] = lambda: True,
         reach: Callable[[str], None] = _pass,
     ) -> None:
         """``watched`` stays the caller's, and is closed after this. ``number_on``: see ``NodeStore.number_if_met``. ``tell`` is
-        called by rule 6, if ``wanted()``, from the watcher's thread; it must neither wait nor raise. ``reach``: see named points.
+        called by rule 6, if ``wanted()``, from the watcher's thread, with events and how many are missing at least; it must
+        neither wait nor raise. ``reach``: see named points.
         """
         self._watched, self._changes, self._shown, self._number_on = watched, changes, shown, number_on
         self._owners = owners
@@ -165,7 +167,7 @@ class Watcher:
 
         For the thread; in tests also without ``start``.
         """
-        before = self._events
+        before, missing = self._events, self._overflows + self._unknown
         buffer = self._watched.group.read()
         self.reach("read")
         batch, telling = _Batch(), self._tell is not None and self._wanted()
@@ -185,8 +187,9 @@ class Watcher:
             self._changes.made_anywhere()
         elif batch.inodes:
             self._changes.made_elsewhere(batch.inodes, self._leaving(batch))
-        if self._tell is not None and (events := list(told_of(batch.happened))):
-            self._tell(events)
+        missing = self._overflows + self._unknown - missing
+        if self._tell is not None and telling and (batch.happened or missing):
+            self._tell(list(told_of(batch.happened)), missing)
         return self._events > before
 
     def _sort(self, event: HostEvent, batch: _Batch, telling: bool) -> None:

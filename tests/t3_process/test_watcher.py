@@ -76,6 +76,7 @@ class Desk:
         self.table = TableWriter.create(words, slot_count=1 << 10, table_id=(1, 2))
         self.announced: list[Collection[GrantKey] | None] = []
         self.told: list[Event] = []
+        self.missing = 0
         self.said: list[str] = []
         self.wanted = True
         shown = Shown()
@@ -97,8 +98,9 @@ class Desk:
         self.announced.append(keys)
         self.said.append("recalled")
 
-    def tell(self, told: Sequence[Event]) -> None:
+    def tell(self, told: Sequence[Event], missing: int) -> None:
         self.told += told
+        self.missing += missing
         self.said.append("told")
 
     def hear(self, *events: bytes) -> list[Event]:
@@ -203,10 +205,14 @@ def test_what_is_of_no_interest_costs_nothing(desk: Desk, events: bytes) -> None
 
 @pytest.mark.parametrize("events", [event(fan.Q_OVERFLOW, pid=0), of_inode(fan.DELETE_SELF, GONE)])
 def test_what_cannot_be_known_is_everything(desk: Desk, events: bytes) -> None:
-    assert desk.hear(of_name(fan.CREATE, SHOWN, ROOT, b"n"), events, of_name(fan.DELETE, SHOWN, ROOT, b"n"))
+    assert len(desk.hear(of_name(fan.CREATE, SHOWN, ROOT, b"n"), events, of_name(fan.DELETE, SHOWN, ROOT, b"n"))) == 2
     assert desk.announced == [None]
     assert desk.table.statistics().epoch == 2
     assert sum(desk.watcher.statistics()[1:]) == 1
+    assert desk.missing == 1, "and guests are told that there is something that they are not told"
+    desk.wanted = False
+    desk.hear(events)
+    assert desk.missing == 1
 
 
 def test_a_change_under_way_stays_odd(desk: Desk) -> None:
