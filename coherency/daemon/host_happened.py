@@ -37,8 +37,13 @@ class Known(NamedTuple):
     """Of a directory whose attributes have changed: whether there is none any more."""
 
 
+def may_go_on(happened: Sequence[Known]) -> bool:
+    """Whether what the last one says may be told otherwise on account of the next, by rule 2."""
+    return bool(happened) and (bool(happened[-1].event.mask & RENAME) or _is_of_links(happened[-1]))
+
+
 def told_of(happened: Sequence[Known]) -> Iterator[Event]:
-    """What is told of all that one read has brought, in its order."""
+    """What is told of all that has been read, in its order."""
     for index, each in enumerate(happened):
         before = happened[index - 1] if index else None
         after = happened[index + 1] if index + 1 < len(happened) else None

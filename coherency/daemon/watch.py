@@ -11,8 +11,9 @@
    owner is compared with all that guests were told. Both when the words have moved.
 5. What cannot be known is taken for a change of everything: events that did not fit into the queue, inodes that nobody can
    tell the number of, mounts that come and go below the share, and the end of this thread by a fault.
-6. Programs in guests hear of a change when the caches are right: after the batch. Guests are told that they miss events
-   if there are some of which nothing is known.
+6. Programs in guests hear of a change when the caches are right: after the batch. If that ends where the kernel may be about to
+   say more of the same change, they hear of it after a moment, and of what has come by then. Guests are told that they miss
+   events if there are some of which nothing is known.
 
 Named points, for tests: ``read`` (the kernel has told, nothing is looked at yet) and ``sorted`` (it is known what is
 concerned, nothing is done yet).
@@ -40,16 +41,19 @@ from coherency.daemon.fanotify_events import (
     HostEvent,
     events_of_others,
 )
-from coherency.daemon.host_happened import Known, told_of
+from coherency.daemon.host_happened import Known, may_go_on, told_of
 from coherency.daemon.owners import Owner, Owners
 from coherency.daemon.shown import Shown
 from coherency.daemon.watched import Watched
 from coherency.events import Event
+from coherency.fuse import syscalls
 from coherency.ids import HostInode
 
 log = logging.getLogger(__name__)
 
 _OWN_PAUSE_S: Final = 0.002
+_MOMENT_NS: Final = 5_000_000
+"""Between two events of one change; longer only if whoever makes it is not let go on."""
 _OF_NAMES: Final = CREATE | DELETE | RENAME
 _NOBODY: Final = HostInode(0)
 
@@ -163,14 +167,25 @@ class Watcher:
             self._changes.made_anywhere()  # rule 5, after the mark
 
     def read_and_deal(self) -> bool:
-        """Deal with what has happened, as far as one read tells it; returns whether somebody else has done anything.
+        """Deal with what has happened, as far as a read tells it; returns whether somebody else has done anything.
 
         For the thread; in tests also without ``start``.
         """
         before, missing = self._events, self._overflows + self._unknown
+        telling = self._tell is not None and self._wanted()
+        happened = self._read_and_deal(telling)
+        if may_go_on(happened) and syscalls.wait_readable([self._watched.group.fd], _MOMENT_NS):
+            happened += self._read_and_deal(telling)
+        missing = self._overflows + self._unknown - missing
+        if self._tell is not None and telling and (happened or missing):
+            self._tell(list(told_of(happened)), missing)
+        return self._events > before
+
+    def _read_and_deal(self, telling: bool) -> list[Known]:
+        """One batch; returns what is to be told of it."""
         buffer = self._watched.group.read()
         self.reach("read")
-        batch, telling = _Batch(), self._tell is not None and self._wanted()
+        batch = _Batch()
         for event in events_of_others(buffer, self._own_pid):
             self._events += 1
             if event.mask & Q_OVERFLOW:
@@ -187,10 +202,7 @@ class Watcher:
             self._changes.made_anywhere()
         elif batch.inodes:
             self._changes.made_elsewhere(batch.inodes, self._leaving(batch))
-        missing = self._overflows + self._unknown - missing
-        if self._tell is not None and telling and (batch.happened or missing):
-            self._tell(list(told_of(batch.happened)), missing)
-        return self._events > before
+        return batch.happened
 
     def _sort(self, event: HostEvent, batch: _Batch, telling: bool) -> None:
         mask, fsid = event.mask, event.fsid

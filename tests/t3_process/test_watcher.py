@@ -296,6 +296,35 @@ def test_guests_are_told_when_the_caches_are_right(desk: Desk) -> None:
     assert desk.said == ["recalled", "told"]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (
+            of_rename(fan.RENAME, HIDDEN, (ROOT, b"n"), (ROOT, b"m")), of_inode(fan.ATTRIB, SHOWN),
+            [Event(EventKind.RENAMED, HIDDEN, False, ROOT, b"n", ROOT, b"m", SHOWN)],
+        ),
+        (
+            of_inode(fan.ATTRIB, SHOWN), of_name(fan.DELETE, SHOWN, ROOT, b"n"),
+            [Event(EventKind.REMOVED, SHOWN, False, ROOT, b"n")],
+        ),
+    ],
+    ids=["over another", "removed"],
+)  # fmt: skip
+def test_what_the_kernel_tells_in_two_events_is_one_also_if_it_is_read_in_between(
+    desk: Desk, first: bytes, second: bytes, expected: list[Event]
+) -> None:
+    coming = [second]
+
+    def reach(point: str) -> None:
+        if point == "touched" and coming:
+            assert desk.told == []
+            desk.kernel.happens(coming.pop())
+
+    desk.changes.reach = reach
+    assert desk.hear(first) == expected
+    assert desk.said == ["recalled", "recalled", "told"], "no cache waits for it"
+
+
 # --- the thread -----------------------------------------------------------------------------------------------------
 
 
