@@ -15,6 +15,7 @@ import pytest
 from coherency.daemon import watched as watched_module
 from coherency.daemon.watched import Watched
 from coherency.fuse.mounts import mounts
+from coherency.fuse.syscalls import wait_readable
 from tests.descriptors import open_descriptors
 from tests.file_systems import mounted, run
 from tests.granting_guest import state
@@ -346,6 +347,24 @@ def test_where_it_cannot_be_done_it_serves_without_and_says_so(unwatchable: tupl
         guest = host.mount("guest", "strict")
         (guest / "file").write_text("through the export")
         assert (host.share / "file").read_text() == "through the export"
+
+
+def test_without_the_capability_it_serves_without_and_says_so(socket_dir: Path) -> None:
+    (socket_dir / "share").mkdir()
+    command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-m", "coherency", "serve", "share", "--name", "test"]
+    with subprocess.Popen(
+        [*command, "--runtime-dir", "run"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=socket_dir, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as daemon:  # fmt: skip
+        try:
+            assert daemon.stdout is not None
+            assert wait_readable([daemon.stdout.fileno()], 30_000_000_000)
+            assert daemon.stdout.readline().startswith("serving share as 'test'")
+            daemon.terminate()
+            errors = daemon.communicate(timeout=30)[1]
+        finally:
+            daemon.kill()
+    assert "will not be seen: to watch a whole file system takes CAP_SYS_ADMIN in the first user namespace; make them" in errors
 
 
 def test_where_it_cannot_be_done_who_asks_for_it_is_refused(unwatchable: tuple[Path, str]) -> None:
