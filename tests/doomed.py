@@ -1,9 +1,10 @@
 """``python -m tests.doomed POINT NUMBER serve|mount ...``: the program, killed by itself at a named point.
 
-It dies of SIGKILL when a change reaches the point for the given time:
+It dies of SIGKILL when it reaches the point for the given time:
 
 * ``before`` and ``after``: an operation that changes something, at the moment it was asked for, and when it is done but
   not answered (of the agent with ``mount``, of the export with ``serve``);
+* ``mounting`` and ``mounted``: something is mounted or unmounted, or has been;
 * ``begun`` and ``applied``: see ``coherency.daemon.changes`` (``serve`` only).
 
 With the point ``never`` it lives; but the clock by which the daemon holds changes stands still until SIGUSR1.
@@ -24,6 +25,7 @@ from coherency.cli import main
 from coherency.daemon import service
 from coherency.daemon.changes import Changes
 from coherency.daemon.export import Export
+from coherency.fuse import syscalls
 from coherency.fuse.abi import Opcode
 from coherency.fuse.codec import Request
 from coherency.fuse.session import Deferred, Operation, Reply
@@ -67,6 +69,14 @@ class Doom:
 
         return doomed
 
+    def around_mounts(self, call: Callable[..., None]) -> Callable[..., None]:
+        def doomed(*arguments: object) -> None:
+            self.reach("mounting")
+            call(*arguments)
+            self.reach("mounted")
+
+        return doomed
+
     def operations(self, all_of_them: Mapping[int, Operation]) -> Mapping[int, Operation]:
         return dict(all_of_them) | {int(opcode): self.around(all_of_them[int(opcode)]) for opcode in CHANGING}
 
@@ -87,6 +97,8 @@ def run(point: str, number: int, arguments: list[str]) -> None:
     clock_ns = StoppedClock().now_ns if point == "never" else time.monotonic_ns
     changes: Callable[..., Changes] = functools.partial(Changes, reach=doom.reach, clock_ns=clock_ns)
     with (
+        mock.patch.object(syscalls, "mount", doom.around_mounts(syscalls.mount)),
+        mock.patch.object(syscalls, "umount", doom.around_mounts(syscalls.umount)),
         mock.patch.object(service, "Changes", changes),
         mock.patch.object(service, "Export", DoomedExport),
         mock.patch.object(mount, "CachingFileSystem", DoomedFileSystem),

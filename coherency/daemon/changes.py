@@ -75,7 +75,10 @@ class Changes:
         return Change(self, inodes, request, leaving)
 
     def made_elsewhere(self, inodes: Iterable[HostInode], leaving: Iterable[HostInode] = ()) -> None:
-        """Rule 6: somebody has changed these inodes, and may have taken names away that lead to those of ``leaving``."""
+        """Rule 6: somebody has changed these inodes, and may have taken names away that lead to those of ``leaving``.
+
+        ``leaving`` is not looked at before the words have moved.
+        """
         slots = self.table.slots_of(inodes)
         if self.bumps:
             self.table.begin(slots)

@@ -18,10 +18,11 @@ class Events:
         """Whether anybody wants to know: cheap, and worth asking before an event is made.  Takes no lock."""
         return bool(self._subscribers)
 
-    def tell(self, *events: Event, origin: int | None = None) -> None:
+    def tell(self, *events: Event, origin: int | None = None, lost: int = 0) -> None:
         """It has happened, in this order, and every cache that it made wrong has been dealt with.  Waits for nobody.
 
-        `origin` is the session of the guest whose doing it was, None if it was no guest's.
+        `origin` is the session of the guest whose doing it was, None if it was no guest's.  `lost`: so many more have happened
+        at least, and nobody knows which.
         """
-        if events and self._subscribers:
-            self._server.tell(events, origin)
+        if (events or lost) and self._subscribers:
+            self._server.tell(events, origin, lost=lost)

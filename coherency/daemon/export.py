@@ -10,7 +10,7 @@ was told last, and it asks for attributes before only if it looks the name up.
 A look-up of the introduction of a guest that is here, in the root, tells which process works for that guest; the error that
 it gets tells the guest that it was heard (``docs/spec/control.md``, section 8).
 
-If somebody watches what is changed past the export, he wants to know what was shown; see ``shown``.
+If somebody watches what is changed past the export, he wants to know what was shown, and as whose; see ``shown``, ``owners``.
 
 If somebody wants to know what happens in the share, it is told when a change has ended: the words are even, and all guests have
 forgotten what it made wrong. Nothing is told of a change that failed.
@@ -27,7 +27,9 @@ from coherency.daemon.changes import Changes
 from coherency.daemon.events import Events
 from coherency.daemon.happened import Thing, happened
 from coherency.daemon.origins import Origins
+from coherency.daemon.owners import Owners
 from coherency.daemon.shown import Shown
+from coherency.fuse import replies
 from coherency.fuse.abi import ROOT_ID, Opcode, SetattrValid
 from coherency.fuse.codec import Request
 from coherency.fuse.nodes import Node
@@ -54,13 +56,15 @@ class Export(Passthrough):
         descriptor_limit: int,
         origins: Origins | None = None,
         shown: Shown | None = None,
+        owners: Owners | None = None,
         events: Events | None = None,
     ) -> None:
         """``share``: the open directory, owned by the export from now on. ``origins``: None if nobody introduces itself;
-        ``shown``: None if nobody watches; ``events``: None if nobody is told.
+        ``shown``, ``owners``: None if nobody watches; ``events``: None if nobody is told.
         """
         super().__init__(share, descriptor_limit=descriptor_limit)
         self._changes, self._origins, self._shown, self._events = changes, origins, shown, events
+        self._owners = owners
         if shown is not None:
             shown.mark(self.nodes.root.ino)
 
@@ -120,6 +124,25 @@ class Export(Passthrough):
     def made(self, fd: int) -> None:
         if self._shown is not None:
             self._shown.mark(self.nodes.inode_number(os.fstat(fd)))
+
+    def entry(self, node: Node, attr: bytes) -> bytes:
+        self._tell_owner(node, replies.owner_of(attr))
+        return super().entry(node, attr)
+
+    def attributes(self, node: Node, fd: int) -> bytes:
+        attr = super().attributes(node, fd)
+        self._tell_owner(node, replies.owner_of(attr))
+        return attr
+
+    def statx(self, request: Request) -> Reply | Deferred:
+        reply = super().statx(request)
+        assert not isinstance(reply, Deferred)
+        self._tell_owner(self.nodes.get(request.node), replies.owner_in_statx_out(reply[0]))
+        return reply
+
+    def _tell_owner(self, node: Node, owner: tuple[int, int]) -> None:
+        if self._owners is not None:
+            self._owners.tell(node.ino, owner)
 
 
 class _Told:

@@ -22,6 +22,8 @@ _FAN_NONBLOCK: Final = 0x2
 _FAN_REPORT_DFID_NAME_TARGET: Final = 0x200 | 0x400 | 0x800 | 0x1000
 _FAN_MARK_ADD: Final = 0x1
 _FAN_MARK_FILESYSTEM: Final = 0x100
+_OF_FILE_SYSTEM: Final = "fanotify sdev:"
+_MINOR_BITS: Final = 20
 _EVENTS: Final = ATTRIB | MODIFY | CLOSE_WRITE | CREATE | DELETE | RENAME | DELETE_SELF | ONDIR
 """CLOSE_WRITE stands for what has no event of its own: pages of a mapping, and asynchronous writes."""
 
@@ -45,6 +47,12 @@ class Group:
         Once more does not matter.
         """
         _check(_mark(self.fd, _FAN_MARK_ADD | _FAN_MARK_FILESYSTEM, _EVENTS, AT_FDCWD, proc_path(fd)))
+
+    def watched(self) -> frozenset[tuple[int, int]]:
+        """The devices, as major and minor number, of the file systems that are watched. One that is unmounted for good is no longer."""
+        with open(f"/proc/self/fdinfo/{self.fd}") as lines:  # proc_pid_fdinfo(5)
+            devices = [int(line[len(_OF_FILE_SYSTEM) :].split()[0], 16) for line in lines if line.startswith(_OF_FILE_SYSTEM)]
+        return frozenset((device >> _MINOR_BITS, device & (1 << _MINOR_BITS) - 1) for device in devices)
 
     def read(self) -> bytes:
         """What has happened, for ``events_of_others``; empty if nothing has."""

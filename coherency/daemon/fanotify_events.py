@@ -97,11 +97,14 @@ class Numbered(NamedTuple):
     tree: int = 0
 
 
+_BTRFS: Final = (0x4D, 20)  # FILEID_BTRFS_WITHOUT_PARENT
+_BTRFS_FIRST_INO: Final = 256
+_btrfs_handle = struct.Struct("=QQI")  # inode subvolume generation
 _NUMBERS: Final = {
     (0x01, 8): struct.Struct("=8xI"),  # FILEID_INO32_GEN: ext4 and most others
     (0x01, 12): struct.Struct("=12xQ"),  # tmpfs: generation first
     (0x81, 12): struct.Struct("=8xQ"),  # FILEID_INO64_GEN: xfs
-    (0x4D, 20): struct.Struct("=8xQQ"),  # FILEID_BTRFS_WITHOUT_PARENT
+    _BTRFS: struct.Struct("=8xQQ"),
 }
 """By type and length. Other file systems use the same types for other things: see ``can_be_read``."""
 
@@ -111,6 +114,11 @@ def numbered(handle: bytes) -> Numbered | None:
     size, kind = _handle_head.unpack_from(handle)
     numbers = _NUMBERS.get((kind, size))
     return None if numbers is None else Numbered(*numbers.unpack_from(handle))
+
+
+def subvolume_root(tree: int) -> bytes:
+    """The handle of the root of a subvolume (btrfs); Linux 6.2 and later open it without its generation."""
+    return _handle_head.pack(_BTRFS[1], _BTRFS[0]) + _btrfs_handle.pack(_BTRFS_FIRST_INO, tree, 0)
 
 
 def can_be_read(handle: bytes, ino: int) -> bool:

@@ -4,7 +4,7 @@
    itself was shown.
 2. Of a number of links that has changed the kernel tells by an event without a name: before that of the name which was made or
    removed, which says as much; and after that of a rename, of what this has replaced. So the former is not told, and the latter
-   is part of the rename. (Not of directories: a rename that replaces one looks like one after which another one is changed.)
+   is part of the rename, if that is told as one. An event of a directory itself is one of this kind if the directory is gone.
 """
 
 from __future__ import annotations
@@ -33,10 +33,17 @@ class Known(NamedTuple):
     new_parent: HostInode
     shown: bool
     """Whether anybody was shown ``target``."""
+    gone: bool = False
+    """Of a directory whose attributes have changed: whether there is none any more."""
+
+
+def may_go_on(happened: Sequence[Known]) -> bool:
+    """Whether what the last one says may be told otherwise on account of the next, by rule 2."""
+    return bool(happened) and (bool(happened[-1].event.mask & RENAME) or _is_of_links(happened[-1]))
 
 
 def told_of(happened: Sequence[Known]) -> Iterator[Event]:
-    """What is told of all that one read has brought, in its order."""
+    """What is told of all that has been read, in its order."""
     for index, each in enumerate(happened):
         before = happened[index - 1] if index else None
         after = happened[index + 1] if index + 1 < len(happened) else None
@@ -46,7 +53,8 @@ def told_of(happened: Sequence[Known]) -> Iterator[Event]:
 
 
 def _is_of_links(known: Known) -> bool:
-    return bool(known.event.mask & ATTRIB) and known.event.directory is None and not known.event.mask & ONDIR
+    mask = known.event.mask
+    return bool(mask & ATTRIB) and known.event.directory is None and (known.gone or not mask & ONDIR)
 
 
 def _says_it(named: Known, links: Known) -> bool:
@@ -55,8 +63,8 @@ def _says_it(named: Known, links: Known) -> bool:
 
 def _has_replaced(renamed: Known, links: Known) -> bool:
     return (
-        bool(renamed.event.mask & RENAME)
-        and not renamed.event.mask & ONDIR
+        bool(renamed.event.mask & RENAME and renamed.parent and renamed.new_parent)
+        and renamed.event.mask & ONDIR == links.event.mask & ONDIR
         and _is_of_links(links)
         and renamed.event.pid == links.event.pid
         and renamed.target != links.target
@@ -64,7 +72,7 @@ def _has_replaced(renamed: Known, links: Known) -> bool:
 
 
 def _told_of(known: Known, replaced: HostInode) -> Iterator[Event]:
-    event, target, parent, new_parent, shown = known
+    event, target, parent, new_parent, shown, _ = known
     is_directory = bool(event.mask & ONDIR)
     if event.mask & RENAME:
         if parent and new_parent:

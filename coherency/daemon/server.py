@@ -193,10 +193,13 @@ class ControlServer:
             self._act()
             self._wake_if_needed()
 
-    def tell(self, events: Iterable[Event], origin: int | None) -> None:
-        """Tell events to those who want them, but for the guest with the session `origin`.  When this returns they are sent, or lost."""
+    def tell(self, events: Iterable[Event], origin: int | None, *, lost: int = 0) -> None:
+        """Tell events to those who want them, but for the guest with the session `origin`.  When this returns they are sent, or lost.
+
+        `lost`: see `Subscribers.tell`.
+        """
         with self._control_lock:
-            for peer, frame in self.subscribers.tell(events, origin, lambda peer: len(self._links[peer].unsent)):
+            for peer, frame in self.subscribers.tell(events, origin, lambda peer: len(self._links[peer].unsent), lost=lost):
                 self._links[peer].unsent += frame
                 self._flush(self._links[peer])
             self._act()

@@ -31,6 +31,7 @@ from coherency.daemon.journal import SessionJournal
 from coherency.daemon.leasing import Leasing
 from coherency.daemon.ledger import Ledger
 from coherency.daemon.origins import Origins
+from coherency.daemon.owners import Owners
 from coherency.daemon.recalls import Recalls
 from coherency.daemon.runtime import Claim, RuntimeDirectory
 from coherency.daemon.server import ControlServer
@@ -138,16 +139,17 @@ class Service:
             if watched is not None:
                 undo.callback(watched.close)
             shown = None if watched is None else Shown()
+            owners = None if watched is None else Owners()
             events = Events(self.server)
-            export = Export(
-                share, self.changes, descriptor_limit=descriptor_budget(), origins=origins, shown=shown, events=events
-            )
-            self.export = export
+            export = self.export = Export(
+                share, self.changes,
+                descriptor_limit=descriptor_budget(), origins=origins, shown=shown, owners=owners, events=events,
+            )  # fmt: skip
             until_owned.pop_all()
-        if watched is not None and shown is not None:
+        if watched is not None and shown is not None and owners is not None:
             self.watcher = Watcher(
-                watched, self.changes, shown=shown, number_on=export.nodes.number_on,
-                tell=lambda happened: events.tell(*happened), wanted=lambda: events.wanted,
+                watched, self.changes, shown=shown, owners=owners, number_on=export.nodes.number_if_met,
+                tell=lambda happened, missing: events.tell(*happened, lost=missing), wanted=lambda: events.wanted,
             )  # fmt: skip
             undo.callback(self.watcher.close)
         try:

@@ -36,8 +36,9 @@ class Shown:
         self._everything_since: int | None = None
         self._lock = threading.Lock()
         self._recent: deque[HostInode] = deque(maxlen=_RECENT)
+        self._begun = 0
         self.marks = 0
-        """How many numbers are marked: what ``was_shown`` takes for an instant."""
+        """How many numbers are marked: what ``was_shown`` takes for an instant. ``_begun`` counts also one that is being marked."""
 
     def __contains__(self, ino: HostInode) -> bool:
         marked = self._blocks.get(ino >> _BLOCK_BITS, 0) >> (ino & _IN_BLOCK) & 1
@@ -49,7 +50,7 @@ class Shown:
 
     def was_shown(self, ino: HostInode, since: int) -> bool:
         """Whether it was marked when ``marks`` was ``since``; it is from now on."""
-        if ino in self and self.marks == since:  # in this order: pairs with the stores below
+        if ino in self and self._begun == since:  # in this order: pairs with the stores below
             return True
         with self._lock:
             if self._everything_since is not None:
@@ -57,13 +58,14 @@ class Shown:
             if ino in self:
                 overtaken = self.marks - since
                 return overtaken <= _RECENT and ino not in list(self._recent)[len(self._recent) - overtaken :]
-            self.marks += 1  # before the bit, rule 3; pairs with the first lines
+            self._begun += 1  # before the bit: who finds that sees that there is a new one
             self._recent.append(ino)
             block = ino >> _BLOCK_BITS
             if block in self._blocks or len(self._blocks) < self._max_blocks:
                 self._blocks[block] = self._blocks.get(block, 0) | 1 << (ino & _IN_BLOCK)
             else:
-                self._everything_since = self.marks
+                self._everything_since = self._begun
+            self.marks = self._begun  # after the bit: who has read this has begun when it could be found
             return False
 
     def check(self) -> None:
@@ -71,4 +73,4 @@ class Shown:
         with self._lock:
             assert len(self._blocks) <= self._max_blocks, "more blocks than allowed"
             marked = sum(block.bit_count() for block in self._blocks.values())
-            assert marked + (self._everything_since is not None) == self.marks, (marked, self.marks)
+            assert marked + (self._everything_since is not None) == self.marks == self._begun, (marked, self.marks)

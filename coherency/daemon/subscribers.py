@@ -60,12 +60,16 @@ class Subscribers:
         self._all.clear()
 
     def tell(
-        self, events: Iterable[Event], origin: int | None, unsent: Callable[[PeerId], int]
+        self, events: Iterable[Event], origin: int | None, unsent: Callable[[PeerId], int], *, lost: int = 0
     ) -> Iterator[tuple[PeerId, bytes]]:
         """The frames that are to be sent, each before the next is asked for.
 
-        `origin`: the session of the guest whose doing it was; `unsent`: what lies there for a guest, in bytes.
+        `origin`: the session of the guest whose doing it was; `unsent`: what lies there for a guest, in bytes; `lost`: events
+        that nobody can be told, since the daemon does not know them itself.
         """
+        for subscriber in self._all.values():
+            subscriber.lost += lost
+            self._lost += lost
         pending = tuple(events)
         for start in range(0, len(pending), MAX_EVENTS_PER_MESSAGE):
             some = pending[start : start + MAX_EVENTS_PER_MESSAGE]

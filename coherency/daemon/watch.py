@@ -5,11 +5,15 @@
 2. The daemon's own events are skipped: whatever goes through the export has been a change of the table already. When
    nothing else has come, the next look is a moment later: to wake up for each write of a guest would cost as much as the write.
 3. Only inodes that were shown matter (``shown``): the file system may be large, and the share a small part of it.
-4. A name may have been taken away from what is removed or renamed, and from whatever changes without a name being told: so
-   the kernel tells of an inode that a rename has replaced.
+4. A name may have been taken away from what is removed or renamed, and from a file that changes without a name being told: so
+   the kernel tells of what a rename has replaced. So it does of a directory, but also of any other change of that; hence it is
+   looked whether it is gone. A new owner takes names away, too (``export``). Which attribute has changed is not told, so the
+   owner is compared with all that guests were told. Both when the words have moved.
 5. What cannot be known is taken for a change of everything: events that did not fit into the queue, inodes that nobody can
    tell the number of, mounts that come and go below the share, and the end of this thread by a fault.
-6. Programs in guests hear of a change when the caches are right: after the batch.
+6. Programs in guests hear of a change when the caches are right: after the batch. If that ends where the kernel may be about to
+   say more of the same change, they hear of it after a moment, and of what has come by then. Guests are told that they miss
+   events if there are some of which nothing is known.
 
 Named points, for tests: ``read`` (the kernel has told, nothing is looked at yet) and ``sorted`` (it is known what is
 concerned, nothing is done yet).
@@ -22,7 +26,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from coherency.daemon.changes import Changes
@@ -31,20 +35,25 @@ from coherency.daemon.fanotify_events import (
     CREATE,
     DELETE,
     DELETE_SELF,
+    ONDIR,
     Q_OVERFLOW,
     RENAME,
     HostEvent,
     events_of_others,
 )
-from coherency.daemon.host_happened import Known, told_of
+from coherency.daemon.host_happened import Known, may_go_on, told_of
+from coherency.daemon.owners import Owner, Owners
 from coherency.daemon.shown import Shown
 from coherency.daemon.watched import Watched
 from coherency.events import Event
+from coherency.fuse import syscalls
 from coherency.ids import HostInode
 
 log = logging.getLogger(__name__)
 
 _OWN_PAUSE_S: Final = 0.002
+_MOMENT_NS: Final = 5_000_000
+"""Between two events of one change; longer only if whoever makes it is not let go on."""
 _OF_NAMES: Final = CREATE | DELETE | RENAME
 _NOBODY: Final = HostInode(0)
 
@@ -69,6 +78,8 @@ class _Batch:
     def __init__(self) -> None:
         self.inodes: set[HostInode] = set()
         self.leaving: set[HostInode] = set()
+        self.doubtful: dict[HostInode, HostEvent] = {}
+        """What may have a new owner, or be gone."""
         self.everything = False
         self.happened: list[Known] = []
         """In its order, if somebody wants to be told."""
@@ -87,15 +98,18 @@ class Watcher:
         changes: Changes,
         *,
         shown: Shown,
-        number_on: Callable[[int, int], HostInode],
-        tell: Callable[[Sequence[Event]], None] | None = None,
+        owners: Owners,
+        number_on: Callable[[int, int], HostInode | None],
+        tell: Callable[[Sequence[Event], int], None] | None = None,
         wanted: Callable[[], bool] = lambda: True,
         reach: Callable[[str], None] = _pass,
     ) -> None:
-        """``watched`` stays the caller's, and is closed after this. ``number_on``: see ``NodeStore.number_on``. ``tell`` is
-        called by rule 6, if ``wanted()``, from the watcher's thread; it must neither wait nor raise. ``reach``: see named points.
+        """``watched`` stays the caller's, and is closed after this. ``number_on``: see ``NodeStore.number_if_met``. ``tell`` is
+        called by rule 6, if ``wanted()``, from the watcher's thread, with events and how many are missing at least; it must
+        neither wait nor raise. ``reach``: see named points.
         """
         self._watched, self._changes, self._shown, self._number_on = watched, changes, shown, number_on
+        self._owners = owners
         self._tell, self._wanted, self.reach = tell, wanted, reach
         self._own_pid = os.getpid()
         self._events = self._overflows = self._unknown = 0
@@ -140,22 +154,38 @@ class Watcher:
         poll.register(self._wakeup, select.POLLIN)
         poll.register(self._watched.group.fd, select.POLLIN)
         poll.register(mountinfo, select.POLLPRI)  # is told as an error, too: proc_pid_mountinfo(5)
+        self._look()  # at what was mounted before this descriptor was opened
         while not self._closing:
             happened = {fd for fd, _ in poll.poll()}
-            if mountinfo in happened and self._watched.look():
-                self._changes.made_anywhere()  # rule 5, after the mark
+            if mountinfo in happened:
+                self._look()
             if self._watched.group.fd in happened and not self.read_and_deal():
                 time.sleep(_OWN_PAUSE_S)
 
+    def _look(self) -> None:
+        if self._watched.look():
+            self._changes.made_anywhere()  # rule 5, after the mark
+
     def read_and_deal(self) -> bool:
-        """Deal with what has happened, as far as one read tells it; returns whether somebody else has done anything.
+        """Deal with what has happened, as far as a read tells it; returns whether somebody else has done anything.
 
         For the thread; in tests also without ``start``.
         """
-        before = self._events
+        before, missing = self._events, self._overflows + self._unknown
+        telling = self._tell is not None and self._wanted()
+        happened = self._read_and_deal(telling)
+        if may_go_on(happened) and syscalls.wait_readable([self._watched.group.fd], _MOMENT_NS):
+            happened += self._read_and_deal(telling)
+        missing = self._overflows + self._unknown - missing
+        if self._tell is not None and telling and (happened or missing):
+            self._tell(list(told_of(happened)), missing)
+        return self._events > before
+
+    def _read_and_deal(self, telling: bool) -> list[Known]:
+        """One batch; returns what is to be told of it."""
         buffer = self._watched.group.read()
         self.reach("read")
-        batch, telling = _Batch(), self._tell is not None and self._wanted()
+        batch = _Batch()
         for event in events_of_others(buffer, self._own_pid):
             self._events += 1
             if event.mask & Q_OVERFLOW:
@@ -171,18 +201,19 @@ class Watcher:
         if batch.everything:
             self._changes.made_anywhere()
         elif batch.inodes:
-            self._changes.made_elsewhere(batch.inodes, batch.leaving)
-        if self._tell is not None and (events := list(told_of(batch.happened))):
-            self._tell(events)
-        return self._events > before
+            self._changes.made_elsewhere(batch.inodes, self._leaving(batch))
+        return batch.happened
 
     def _sort(self, event: HostEvent, batch: _Batch, telling: bool) -> None:
         mask, fsid = event.mask, event.fsid
         target = self._find(fsid, event.target)
+        nameless = bool(mask & ATTRIB) and event.directory is None
         if target in self._shown:
             batch.inodes.add(target)
-            if mask & (DELETE | RENAME) or (mask & (ATTRIB | DELETE_SELF) and event.directory is None):  # rule 4
+            if mask & (DELETE | DELETE_SELF | RENAME) or (nameless and not mask & ONDIR):  # rule 4
                 batch.leaving.add(target)
+            elif mask & ATTRIB:
+                batch.doubtful[target] = event
         if not (mask & _OF_NAMES or telling):
             return
         parent = self._shown_directory(fsid, event.directory)
@@ -190,7 +221,20 @@ class Watcher:
         if mask & _OF_NAMES:
             batch.inodes.update(each for each in (parent, new_parent) if each is not _NOBODY)
         if telling:
-            batch.happened.append(Known(event, target, parent, new_parent, target in self._shown))
+            shown = target in self._shown
+            gone = shown and nameless and bool(mask & ONDIR) and self._owner(event) is None
+            batch.happened.append(Known(event, target, parent, new_parent, shown, gone))
+
+    def _leaving(self, batch: _Batch) -> Iterator[HostInode]:
+        """Rule 4; to be asked for when the words have moved."""
+        yield from batch.leaving
+        for ino, event in batch.doubtful.items():
+            owner = self._owner(event)
+            if owner is None or self._owners.another_was_told(ino, owner):
+                yield ino
+
+    def _owner(self, event: HostEvent) -> Owner | None:
+        return None if event.target is None else self._watched.owner(event.fsid, event.target)
 
     def _shown_directory(self, fsid: int, handle: bytes | None) -> HostInode:
         if handle is None:
@@ -202,4 +246,4 @@ class Watcher:
         found = None if handle is None else self._watched.identity(fsid, handle)
         if found is None:
             raise _Unknown
-        return self._number_on(*found)
+        return self._number_on(*found) or _NOBODY

@@ -27,6 +27,7 @@ class Mount(NamedTuple):
     kind: str
     device: int  # the minor number; of a FUSE mount, that of its connection
     number: int  # not used again while it is mounted
+    major: int  # of the device
 
 
 def mounts() -> list[Mount]:
@@ -37,8 +38,8 @@ def mounts() -> list[Mount]:
             before, _, after = line.partition(b" - ")
             fields = before.split(b" ")
             path = _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), fields[4])
-            kind, device = os.fsdecode(after.split(b" ")[0]), int(fields[2].split(b":")[1])
-            found.append(Mount(path, kind, device, int(fields[0])))
+            kind, (major, minor) = os.fsdecode(after.split(b" ")[0]), map(int, fields[2].split(b":"))
+            found.append(Mount(path, kind, minor, int(fields[0]), major))
     return found
 
 
@@ -113,14 +114,31 @@ def open_mount(path: str | os.PathLike[str]) -> int:
 def remove_dead_mount(path: str | os.PathLike[str]) -> bool:
     """Unmount what a killed agent left at ``path``. False if nothing of ours is mounted there.
 
-    Raises :class:`MountError` if a mount of ours there is alive, or does not answer.
+    It is that mount or none, whatever somebody else mounts or unmounts there meanwhile. Raises :class:`MountError` if a
+    mount of ours there is alive, or does not answer.
     """
     mount = mount_at(path)
     if mount is None or mount.kind != FILE_SYSTEM_TYPE:
         return False
+    root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # which asks nobody
+    try:
+        if _mount_number(root) != mount.number:  # it has changed just now
+            return remove_dead_mount(path)
+        return _remove_if_dead(path, root)
+    finally:
+        os.close(root)
+
+
+def _mount_number(fd: int) -> int:
+    """See proc_pid_fdinfo(5)."""
+    with open(f"/proc/self/fdinfo/{fd}") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+
+
+def _remove_if_dead(path: str | os.PathLike[str], root: int) -> bool:
     answers: list[int] = []
     # On a thread of its own: an agent that is stopped would hold us for as long as it is.
-    asking = threading.Thread(target=lambda: answers.append(_ask(path)), daemon=True)
+    asking = threading.Thread(target=lambda: answers.append(_ask(root)), daemon=True)
     asking.start()
     asking.join(_ANSWER_TIMEOUT_S)
     if not answers:
@@ -129,7 +147,11 @@ def remove_dead_mount(path: str | os.PathLike[str]) -> bool:
         raise MountError(
             f"{os.fspath(path)} is a mount of ours already: choose another mount point, or unmount that one first"
         )
-    syscalls.umount(os.fsdecode(mount.path), syscalls.MNT_DETACH)
+    try:
+        syscalls.umount(os.fsdecode(syscalls.proc_path(root)), syscalls.MNT_DETACH)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # that somebody else has unmounted it
+            raise
     return True
 
 
@@ -161,10 +183,10 @@ def detach(path: str, device: int) -> bool:
     return True
 
 
-def _ask(path: str | os.PathLike[str]) -> int:
+def _ask(root: int) -> int:
     """The errno of a question that the kernel does not answer itself, as it may a stat of a dead mount."""
     try:
-        os.statvfs(path)
+        os.fstatvfs(root)
     except OSError as error:
         return error.errno or errno.EIO
     return 0

@@ -159,6 +159,10 @@ class NodeStore:
             index = self._extra_devices.setdefault(device, len(self._extra_devices) + 1)
         return HostInode(ino ^ (index % 255 + 1) << 56)
 
+    def number_if_met(self, device: int, ino: int) -> HostInode | None:
+        """The same, or None if nothing on ``device`` was ever met: then guests have seen nothing of it."""
+        return self.number_on(device, ino) if device == self.root_device or device in self._extra_devices else None
+
     def inode_of(self, fd: int) -> HostInode:
         """The number under which guests see what was just opened, as the kernel knows it: no server is asked.
 

@@ -7,6 +7,7 @@ how long the kernel may believe a name or attributes: nanoseconds, and :data:`FO
 from __future__ import annotations
 
 import os
+import struct
 from typing import Final, NamedTuple
 
 from coherency.fuse import abi
@@ -19,6 +20,9 @@ _NO_TIME: Final = bytes(abi.attr_out.size)
 _pack_header: Final = abi.out_header.pack
 _pack_entry: Final = abi.entry_out.pack
 _HEADER_SIZE: Final = abi.out_header.size
+_owner = struct.Struct("=II")
+_OWNER_IN_ATTR: Final = 68
+_OWNER_IN_STATX: Final = 20
 
 
 def reply_header(unique: int, payload_bytes: int, error: int = 0) -> bytes:
@@ -37,6 +41,18 @@ def encode_attr(status: os.stat_result, ino: HostInode) -> bytes:
         status.st_mode, status.st_nlink, status.st_uid, status.st_gid, _encode_device(device) if device else 0,
         status.st_blksize, 0,
     )  # fmt: skip
+
+
+def owner_of(attr: bytes) -> tuple[int, int]:
+    """User and group in a ``struct fuse_attr``."""
+    uid, gid = _owner.unpack_from(attr, _OWNER_IN_ATTR)
+    return uid, gid
+
+
+def owner_in_statx_out(reply: bytes) -> tuple[int, int]:
+    """The same in a ``struct fuse_statx_out``."""
+    uid, gid = _owner.unpack_from(reply, abi.statx_out.size + _OWNER_IN_STATX)
+    return uid, gid
 
 
 def _encode_device(device: int) -> int:

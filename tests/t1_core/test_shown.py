@@ -1,5 +1,10 @@
 """Which inodes were ever shown: an exact set, and who is overtaken by another's mark."""
 
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,6 +55,30 @@ def test_who_is_overtaken_by_another_s_mark_was_not_shown_it(between: int) -> No
     assert not shown.was_shown(HostInode(6), began)
     assert shown.was_shown(HostInode(5), began) == (between < module._RECENT), "and it was, if that can still be known"
     assert shown.was_shown(HostInode(6), shown.marks)
+
+
+@pytest.mark.parametrize("ino", [HostInode(5), HostInode(1 << 20)], ids=["a number", "everything"])
+def test_a_number_that_is_being_marked_is_not_marked_yet(ino: HostInode) -> None:
+    """Who begins at any step of another's marking, when it cannot be found yet, was not shown it before."""
+    shown = Shown(max_blocks=1)
+    began: list[tuple[bool, int]] = []
+    shown.mark(HostInode(1))
+
+    def at_each_line(frame: FrameType, _event: str, _argument: Any) -> Callable[..., Any] | None:
+        if frame.f_code is not Shown.was_shown.__code__:
+            return None
+        began.append((ino in shown, shown.marks))
+        return at_each_line
+
+    before = sys.gettrace()
+    sys.settrace(at_each_line)
+    try:
+        shown.mark(ino)
+    finally:
+        sys.settrace(before)
+    assert len(began) > 5
+    assert {shown.was_shown(ino, since) for found, since in began if not found} == {False}
+    assert shown.was_shown(ino, shown.marks)
 
 
 def test_when_everything_begins_to_count_who_is_under_way_was_overtaken() -> None:

@@ -75,6 +75,18 @@ def test_a_guest_that_does_not_read_loses_events_and_nothing_else(daemon: Contro
         assert slow.hear(Happened) == Happened(lost, (event(4000),))
 
 
+def test_that_something_has_happened_of_which_nothing_is_known_is_told_with_the_next(daemon: ControlDaemon) -> None:
+    events = Events(daemon.server)
+    with subscriber(daemon) as guest:
+        settle_guests(daemon, guest)
+        events.tell(lost=2)
+        assert guest.hears_nothing()
+        events.tell(event(1), lost=1)
+        events.tell(event(2))
+        assert [guest.hear(Happened), guest.hear(Happened)] == [Happened(3, (event(1),)), Happened(0, (event(2),))]
+        assert daemon.server.subscribers.statistics().lost == 3
+
+
 def test_the_process_of_a_guest_in_any_mode_is_known(daemon: ControlDaemon) -> None:
     """Else it would be told of its own changes."""
     origins = Origins(daemon.leasing.knows, process_of=lambda thread: thread)

@@ -21,12 +21,13 @@ from coherency.daemon import fanotify_events as fan
 from coherency.daemon.changes import Changes
 from coherency.daemon.export import Export
 from coherency.daemon.fanotify_events import numbered
+from coherency.daemon.owners import Owner, Owners
 from coherency.daemon.shown import Shown
 from coherency.daemon.watch import Watcher
 from coherency.fuse.codec import Request
 from coherency.fuse.nodes import Node
 from coherency.fuse.passthrough import Passthrough
-from coherency.fuse.replies import encode_attr
+from coherency.fuse.replies import encode_attr, owner_of
 from coherency.ids import GrantKey, HostInode
 from coherency.leases import attributes_key, keys_of, names_key
 from coherency.shm_table import State, TableReader, TableWriter, bytes_needed
@@ -116,7 +117,9 @@ class Steps:
 class World:
     """A share with one file, its export, a table, and one guest's kernel."""
 
-    def __init__(self, root: Path, kind: str, export: type[Export], changes: type[Changes], shown: Told) -> None:
+    def __init__(
+        self, root: Path, kind: str, export: type[Export], changes: type[Changes], shown: Told, owners: Owners
+    ) -> None:
         self.root, self.kind = root, kind
         for name in ("name", "new", "other"):
             (root / name).unlink(missing_ok=True)
@@ -129,8 +132,10 @@ class World:
         self.reader = TableReader(words)
         self.changes = changes(self.table, recalls=self)
         self.shown = shown
-        self.export = export(os.open(root, os.O_RDONLY), self.changes, descriptor_limit=16, shown=self.shown)
-        self.watcher = Watcher(self, self.changes, shown=self.shown, number_on=self.export.nodes.number_on)  # type: ignore[arg-type]
+        self.export = export(os.open(root, os.O_RDONLY), self.changes, descriptor_limit=16, shown=self.shown, owners=owners)
+        self.watcher = Watcher(
+            self, self.changes, shown=self.shown, owners=owners, number_on=self.export.nodes.number_if_met,  # type: ignore[arg-type]
+        )  # fmt: skip
         self.registered: set[GrantKey] = set()
         self.names: dict[HostInode, GrantKey] = {}
         self.events = b""
@@ -143,6 +148,10 @@ class World:
 
     def read(self) -> bytes:
         return self.events
+
+    def owner(self, _fsid: int, _handle: bytes) -> Owner:
+        status = (self.root / "name").stat()
+        return status.st_uid, status.st_gid
 
     def identity(self, _fsid: int, handle: bytes) -> tuple[int, int]:
         found = numbered(handle)
@@ -164,6 +173,9 @@ class World:
         here, ino, new = self.root.stat().st_ino, (self.root / "name").stat().st_ino, (self.root / "new").stat().st_ino
         if self.kind == "attributes":
             os.chmod(self.root / "name", 0o644)
+            self.events = of_name(fan.ATTRIB, ino, here, b"other")
+        elif self.kind == "given away":
+            os.chown(self.root / "name", 1001, 1002)
             self.events = of_name(fan.ATTRIB, ino, here, b"other")
         elif self.kind == "removed":
             os.unlink(self.root / "name")
@@ -216,6 +228,8 @@ class World:
             stale.append("the name in the user cache")
         if named and names_key(slot) in self.registered and not leads:
             stale.append("the name in the kernel")
+        if named and names_key(slot) in self.registered and owner_of(attributes) != owner_of(encode_attr(path.stat(), node.ino)):
+            stale.append("the owner in the kernel")  # which decides by that without asking
         return stale
 
     def close(self) -> None:
@@ -226,7 +240,8 @@ class World:
 @contextmanager
 def world(root: Path, kind: str, **parts: Any) -> Iterator[World]:
     made = World(
-        root, kind, parts.get("export", Export), parts.get("changes", Changes), parts.get("shown", Told)(),
+        root, kind, parts.get("export", Export), parts.get("changes", Changes),
+        parts.get("shown", Told)(), parts.get("owners", Owners)(),
     )  # fmt: skip
     try:
         yield made
@@ -249,7 +264,7 @@ def stale_in_any_order(root: Path, kind: str, until: str = "", **parts: Any) -> 
     return found
 
 
-KINDS = ("attributes", "removed", "replaced")
+KINDS = ("attributes", "removed", "replaced", pytest.param("given away", marks=pytest.mark.needs_fuse))  # needs root
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -298,9 +313,15 @@ class TellsBeforeItTouches(Changes):
         self.table.bump(inodes)
 
 
+class ForgetsWhatItTold(Owners):
+    def another_was_told(self, ino: HostInode, owner: Owner) -> bool:
+        return False
+
+
 @pytest.mark.parametrize(
     ("part", "kind", "stale"),
     [
+        pytest.param({"owners": ForgetsWhatItTold}, "given away", "the owner in the kernel", marks=pytest.mark.needs_fuse),
         ({"export": MarksAfterTheLookUp}, "replaced", "the name in the kernel"),
         ({"export": LooksAtTheInodeAgain}, "removed", "the name in the kernel"),
         ({"export": MarksAfterTheAttributes}, "attributes", "attributes in the user cache"),

@@ -10,6 +10,7 @@ from coherency.daemon import fanotify_events as fan
 from coherency.daemon.changes import Changes
 from coherency.daemon.fanotify import why_not
 from coherency.daemon.fanotify_events import numbered
+from coherency.daemon.owners import Owner, Owners
 from coherency.daemon.shown import Shown
 from coherency.daemon.watch import Watcher
 from coherency.events import Event, EventKind
@@ -20,7 +21,10 @@ from coherency.shm_table import TableWriter, bytes_needed
 from tests.host_events import event, of_inode, of_name, of_rename
 from tests.waiting import until
 
-ROOT, SHOWN, OTHER, HIDDEN, HIDDEN_DIRECTORY, GONE = (HostInode(number) for number in (2, 11, 12, 13, 14, 15))
+SOMEBODY, ANOTHER = (1001, 1002), (1003, 1004)
+ROOT, SHOWN, OTHER, HIDDEN, HIDDEN_DIRECTORY, GONE, REPLACED = (
+    HostInode(number) for number in (2, 11, 12, 13, 14, 15, 16)
+)
 
 
 class Kernel:
@@ -29,7 +33,9 @@ class Kernel:
     def __init__(self) -> None:
         self.fd, self._feed = os.pipe()
         self.fault: BaseException | None = None
+        self.calls: list[str] = []
         self.unwatched: dict[str, str] = {}
+        self.owners: dict[int, Owner | None] = {}
 
     @property
     def group(self) -> "Kernel":
@@ -39,6 +45,7 @@ class Kernel:
         os.write(self._feed, b"".join(events))
 
     def read(self) -> bytes:
+        self.calls.append("read")
         if self.fault is not None:
             raise self.fault
         return os.read(self.fd, 1 << 16)
@@ -47,7 +54,13 @@ class Kernel:
         found = numbered(handle)
         return None if found is None or found.ino == GONE else (1, found.ino)
 
+    def owner(self, _fsid: int, handle: bytes) -> Owner | None:
+        found = numbered(handle)
+        assert found is not None
+        return self.owners.get(found.ino, SOMEBODY)
+
     def look(self) -> bool:
+        self.calls.append("look")
         return False
 
     def close(self) -> None:
@@ -63,15 +76,18 @@ class Desk:
         self.table = TableWriter.create(words, slot_count=1 << 10, table_id=(1, 2))
         self.announced: list[Collection[GrantKey] | None] = []
         self.told: list[Event] = []
+        self.missing = 0
         self.said: list[str] = []
         self.wanted = True
         shown = Shown()
-        for ino in (ROOT, SHOWN, OTHER):
+        self.owners = Owners()
+        for ino in (ROOT, SHOWN, OTHER, REPLACED):
             shown.mark(ino)
+            self.owners.tell(ino, SOMEBODY)
         self.kernel = Kernel()
         self.changes = Changes(self.table, recalls=self)
         self.watcher = Watcher(
-            self.kernel, self.changes, shown=shown, number_on=lambda _, ino: HostInode(ino),  # type: ignore[arg-type]
+            self.kernel, self.changes, shown=shown, owners=self.owners, number_on=lambda _, ino: HostInode(ino),  # type: ignore[arg-type]
             tell=self.tell, wanted=lambda: self.wanted,
         )  # fmt: skip
 
@@ -82,8 +98,9 @@ class Desk:
         self.announced.append(keys)
         self.said.append("recalled")
 
-    def tell(self, told: Sequence[Event]) -> None:
+    def tell(self, told: Sequence[Event], missing: int) -> None:
         self.told += told
+        self.missing += missing
         self.said.append("told")
 
     def hear(self, *events: bytes) -> list[Event]:
@@ -92,6 +109,16 @@ class Desk:
         self.kernel.happens(*events)
         self.watcher.read_and_deal()
         return self.told
+
+    def told_when_touched(self, ino: HostInode, *owners: Owner) -> None:
+        """A guest has asked before, and is answered at the last moment at which it may take the answer for valid."""
+
+        def reach(point: str) -> None:
+            if point == "touched":
+                for owner in owners:
+                    self.owners.tell(ino, owner)
+
+        self.changes.reach = reach
 
     def keys(self, *inodes: HostInode, leaving: tuple[HostInode, ...] = ()) -> tuple[GrantKey, ...]:
         return keys_of(self.table.slots_of(inodes), self.table.slots_of(leaving))
@@ -120,7 +147,9 @@ def desk() -> Iterator[Desk]:
         (of_name(fan.DELETE, SHOWN, ROOT, b"n"), (ROOT, SHOWN), (SHOWN,)),
         (of_name(fan.DELETE, SHOWN, HIDDEN_DIRECTORY, b"n"), (SHOWN,), (SHOWN,)),
         (of_inode(fan.ATTRIB, SHOWN), (SHOWN,), (SHOWN,)),
+        (of_inode(fan.ATTRIB | fan.ONDIR, SHOWN), (SHOWN,), ()),
         (of_inode(fan.DELETE_SELF, SHOWN), (SHOWN,), (SHOWN,)),
+        (of_inode(fan.DELETE_SELF | fan.ONDIR, SHOWN), (SHOWN,), (SHOWN,)),
         (of_inode(fan.MODIFY, SHOWN), (SHOWN,), ()),
         (of_rename(fan.RENAME, SHOWN, (ROOT, b"n"), (OTHER, b"m")), (ROOT, SHOWN, OTHER), (SHOWN,)),
         (of_rename(fan.RENAME, HIDDEN, (HIDDEN_DIRECTORY, b"n"), (OTHER, b"m")), (OTHER,), ()),
@@ -133,6 +162,26 @@ def test_each_batch_is_one_touch_and_one_recall(
     desk.hear(events)
     assert desk.announced == [desk.keys(*touched, leaving=leaving)]
     assert desk.table.statistics().bumps == len(touched)
+
+
+@pytest.mark.parametrize(
+    "events", [of_name(fan.ATTRIB, SHOWN, ROOT, b"n"), of_inode(fan.ATTRIB | fan.ONDIR, SHOWN)], ids=["file", "directory"]
+)
+@pytest.mark.parametrize(
+    ("now", "told", "leaving"),
+    [
+        (SOMEBODY, (), ()), (ANOTHER, (), (SHOWN,)), (None, (), (SHOWN,)),
+        (ANOTHER, (ANOTHER,), (SHOWN,)), (SOMEBODY, (ANOTHER,), (SHOWN,)),
+    ],
+    ids=["the same", "a new one", "gone", "a new one that was told of already", "and back"],
+)  # fmt: skip
+def test_a_new_owner_recalls_names_and_other_attributes_do_not(
+    desk: Desk, events: bytes, now: Owner | None, told: tuple[Owner, ...], leaving: tuple[HostInode, ...]
+) -> None:
+    desk.kernel.owners[SHOWN] = now
+    desk.told_when_touched(SHOWN, *told)
+    desk.hear(events)
+    assert desk.announced == [desk.keys(SHOWN, leaving=leaving)]
 
 
 @pytest.mark.parametrize(
@@ -156,10 +205,14 @@ def test_what_is_of_no_interest_costs_nothing(desk: Desk, events: bytes) -> None
 
 @pytest.mark.parametrize("events", [event(fan.Q_OVERFLOW, pid=0), of_inode(fan.DELETE_SELF, GONE)])
 def test_what_cannot_be_known_is_everything(desk: Desk, events: bytes) -> None:
-    assert desk.hear(of_name(fan.CREATE, SHOWN, ROOT, b"n"), events, of_name(fan.DELETE, SHOWN, ROOT, b"n"))
+    assert len(desk.hear(of_name(fan.CREATE, SHOWN, ROOT, b"n"), events, of_name(fan.DELETE, SHOWN, ROOT, b"n"))) == 2
     assert desk.announced == [None]
     assert desk.table.statistics().epoch == 2
     assert sum(desk.watcher.statistics()[1:]) == 1
+    assert desk.missing == 1, "and guests are told that there is something that they are not told"
+    desk.wanted = False
+    desk.hear(events)
+    assert desk.missing == 1
 
 
 def test_a_change_under_way_stays_odd(desk: Desk) -> None:
@@ -214,12 +267,25 @@ def test_a_change_under_way_stays_odd(desk: Desk) -> None:
             of_rename(fan.RENAME, HIDDEN, (ROOT, b"n"), (ROOT, b"m")) + of_inode(fan.ATTRIB, SHOWN, pid=1),
             [Event(EventKind.RENAMED, HIDDEN, False, ROOT, b"n", ROOT, b"m"), Event(EventKind.ATTRIBUTES, SHOWN, False)],
         ),
+        (  # the same with directories
+            of_rename(fan.RENAME | fan.ONDIR, HIDDEN, (ROOT, b"n"), (ROOT, b"m")) + of_inode(fan.ATTRIB | fan.ONDIR, REPLACED),
+            [Event(EventKind.RENAMED, HIDDEN, True, ROOT, b"n", ROOT, b"m", REPLACED)],
+        ),
+        (  # where another one is changed by the same process
+            of_rename(fan.RENAME | fan.ONDIR, HIDDEN, (ROOT, b"n"), (ROOT, b"m")) + of_inode(fan.ATTRIB | fan.ONDIR, SHOWN),
+            [Event(EventKind.RENAMED, HIDDEN, True, ROOT, b"n", ROOT, b"m"), Event(EventKind.ATTRIBUTES, SHOWN, True)],
+        ),
+        (  # from where nobody looks
+            of_rename(fan.RENAME, HIDDEN, (HIDDEN_DIRECTORY, b"n"), (ROOT, b"m")) + of_inode(fan.ATTRIB, SHOWN),
+            [Event(EventKind.CREATED, HIDDEN, False, ROOT, b"m"), Event(EventKind.ATTRIBUTES, SHOWN, False)],
+        ),
         (of_inode(fan.ATTRIB, OTHER) + of_name(fan.DELETE, SHOWN, ROOT, b"n"), [
             Event(EventKind.ATTRIBUTES, OTHER, False), Event(EventKind.REMOVED, SHOWN, False, ROOT, b"n"),
         ]),
     ],
 )  # fmt: skip
 def test_what_guests_are_told(desk: Desk, events: bytes, expected: list[Event]) -> None:
+    desk.kernel.owners[REPLACED] = None
     assert desk.hear(events) == expected
     desk.wanted = False
     assert desk.hear(events) == []
@@ -228,6 +294,35 @@ def test_what_guests_are_told(desk: Desk, events: bytes, expected: list[Event]) 
 def test_guests_are_told_when_the_caches_are_right(desk: Desk) -> None:
     desk.hear(of_name(fan.MODIFY, SHOWN, ROOT, b"a"), of_name(fan.CREATE, OTHER, ROOT, b"b"))
     assert desk.said == ["recalled", "told"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (
+            of_rename(fan.RENAME, HIDDEN, (ROOT, b"n"), (ROOT, b"m")), of_inode(fan.ATTRIB, SHOWN),
+            [Event(EventKind.RENAMED, HIDDEN, False, ROOT, b"n", ROOT, b"m", SHOWN)],
+        ),
+        (
+            of_inode(fan.ATTRIB, SHOWN), of_name(fan.DELETE, SHOWN, ROOT, b"n"),
+            [Event(EventKind.REMOVED, SHOWN, False, ROOT, b"n")],
+        ),
+    ],
+    ids=["over another", "removed"],
+)  # fmt: skip
+def test_what_the_kernel_tells_in_two_events_is_one_also_if_it_is_read_in_between(
+    desk: Desk, first: bytes, second: bytes, expected: list[Event]
+) -> None:
+    coming = [second]
+
+    def reach(point: str) -> None:
+        if point == "touched" and coming:
+            assert desk.told == []
+            desk.kernel.happens(coming.pop())
+
+    desk.changes.reach = reach
+    assert desk.hear(first) == expected
+    assert desk.said == ["recalled", "recalled", "told"], "no cache waits for it"
 
 
 # --- the thread -----------------------------------------------------------------------------------------------------
@@ -240,6 +335,13 @@ def test_it_deals_with_what_happens_until_it_is_closed(desk: Desk) -> None:
     desk.kernel.happens(of_inode(fan.MODIFY, OTHER))
     until(lambda: len(desk.announced) == 2)
     assert desk.announced == [(attributes_key(slot),) for ino in (SHOWN, OTHER) for slot in desk.table.slots_of((ino,))]
+
+
+def test_it_looks_for_mounts_that_came_before_it_was_ready(desk: Desk) -> None:
+    desk.kernel.happens(of_inode(fan.MODIFY, SHOWN))
+    desk.watcher.start()
+    until(lambda: desk.announced)
+    assert desk.kernel.calls[:2] == ["look", "read"]
 
 
 def _of_another_kernel(desk: Desk) -> None:

@@ -87,7 +87,7 @@ class Recorder(Events):
     def wanted(self) -> bool:
         return True
 
-    def tell(self, *events: Event, origin: int | None = None) -> None:
+    def tell(self, *events: Event, origin: int | None = None, lost: int = 0) -> None:
         self.events += events
         self.odd |= {ino for ino, version in self.desk.table.versions().items() if version & 1}
 
@@ -161,7 +161,7 @@ def test_nothing_is_made_of_a_change_that_nobody_wants_to_know(tmp_path: Path) -
         def wanted(self) -> bool:
             return False
 
-        def tell(self, *events: Event, origin: int | None = None) -> None:
+        def tell(self, *events: Event, origin: int | None = None, lost: int = 0) -> None:
             raise AssertionError("told all the same")
 
     def check(desk: Desk, _: Recorder) -> None:

@@ -21,8 +21,6 @@ ACTORS: dict[str, Callable[[Host], Path]] = {
     "behind the export": lambda host: host.share,
 }
 """Where changes are made."""
-UNTOLD = {("rename-directory-over", "behind the export"): "empty"}
-"""Who is not told: see the limits in docs/guarantees.md."""
 _END = "the end"
 _EXCHANGE = 2
 
@@ -182,8 +180,6 @@ def test_they_see_what_a_local_watcher_sees_and_find_it_so(
 ) -> None:
     change, watched = CHANGES[name], WATCHED if kept == "warm" else DIRECTORIES
     expected = local_events(tmp_path / "local", change, watched)
-    if (name, actor) in UNTOLD:
-        del expected[UNTOLD[name, actor]]
     acting = ACTORS[actor](host) / place
     os.listdir(acting)
     guests = {mode: host.directory / mode for mode in MODES}

@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mount_at
+from coherency.fuse.mounts import FILE_SYSTEM_TYPE, mount_at, remove_dead_mount
+from tests.file_systems import mounted
 from tests.guests import Host
 from tests.mounts import coherency_mounts_below, detach
 from tests.waiting import until
@@ -122,6 +124,50 @@ def test_killed_and_started_at_once(host: Host) -> None:
         host.daemon.kill()
         host.serve()
     assert sorted(os.listdir(host.share)) == ["0", "1", "2"]
+
+
+def test_a_dead_mount_that_somebody_else_removes_meanwhile(
+    make_socket_dir: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two daemons are started at once: what lies below the dead mount is the file system of the share."""
+    directory = make_socket_dir()
+    (directory / "share").mkdir()
+    with mounted("tmpfs", directory / "share"), Host(directory, "--in-place") as host:
+        (host.share / "file").touch()
+        host.daemon.kill()
+
+        def asked_and_removed(_root: int) -> int:
+            detach(host.share)
+            return errno.ENOTCONN
+
+        monkeypatch.setattr("coherency.fuse.mounts._ask", asked_and_removed)
+        assert remove_dead_mount(host.share)
+        assert os.listdir(host.share) == ["file"]
+        assert not remove_dead_mount(host.share)
+        host.serve()
+
+
+@pytest.mark.parametrize("point", ["mounting", "mounted"])
+@pytest.mark.parametrize(("number", "when"), [(1, "starting"), (2, "starting"), (3, "ending"), (4, "ending")])
+def test_killed_between_any_two_mounts(host: Host, point: str, number: int, when: str) -> None:
+    """The export and the place are mounted one after the other, and unmounted."""
+    (host.share / "file").write_text("one")
+    assert host.daemon.stop() == 0
+    if when == "starting":
+        with pytest.raises(AssertionError, match="did not get ready"):
+            host.serve(doom=(point, number))
+    else:
+        host.serve(doom=(point, number))
+        host.daemon.process.send_signal(signal.SIGTERM)
+        host.daemon.wait_until_killed()
+    host.serve()
+    assert (host.share / "file").read_text() == "one"
+    (host.share / "file").write_text("two")
+    assert below(host.share) == ["file"]
+    assert host.status()["in_place"] == "on"
+    assert host.daemon.stop() == 0
+    assert not coherency_mounts_below([host.directory])
+    assert (host.share / "file").read_text() == "two"
 
 
 def serve_elsewhere(host: Host, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -10,10 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from coherency.daemon import watched as watched_module
+from coherency.daemon.watched import Watched
+from coherency.fuse.mounts import mounts
+from coherency.fuse.syscalls import wait_readable
+from tests.descriptors import open_descriptors
 from tests.file_systems import mounted, run
 from tests.granting_guest import state
 from tests.guests import ROOT, Host
 from tests.mounts import detach
+from tests.scenarios.comparing import as_user
 from tests.waiting import until
 
 CHANGES = 20
@@ -37,6 +45,12 @@ class Grounds:
         self._marks += 1
         os.utime(self.share / "mark", ns=(self._marks, self._marks))
         until(lambda: os.stat(self.guest / "mark").st_mtime_ns == self._marks)
+
+    def warm(self, *names: str) -> None:
+        """The guest's kernel has what it may have of these."""
+        for _ in range(3):
+            self.look(*names)
+            self.host.status()  # what the guest has asked for is confirmed by then
 
     def bumps(self) -> int:
         """So far, the mark's included."""
@@ -143,6 +157,36 @@ def test_directories_that_were_made_or_moved_in_a_moment_ago(grounds: Grounds) -
             grounds.agrees(os.path.join(os.path.dirname(os.path.dirname(file)), "renamed/file"))
 
 
+def test_a_new_owner_counts_for_who_looks_at_nothing_before(grounds: Grounds) -> None:
+    """Whether a caller owns the file the guest's kernel decides by the owner that it was told last."""
+    (grounds.share / "given").touch()
+    os.chown(grounds.share / "given", 1001, 1002)
+    grounds.warm("given")
+    os.chown(grounds.share / "given", 7, 7)
+    for _ in range(2):  # the second of which was made when the first had been carried out
+        grounds.await_all_seen()
+    assert as_user(grounds.guest, lambda: os.chmod("given", 0o640), uid=1001) == "EPERM"
+    assert as_user(grounds.guest, lambda: os.chmod("given", 0o640), uid=7) is None
+
+
+def test_a_working_directory_keeps_its_path_when_its_attributes_change(grounds: Grounds) -> None:
+    (grounds.share / "working").mkdir()
+    grounds.warm("working")
+    fd = os.open(grounds.guest / "working", os.O_RDONLY)
+    try:
+        for number in range(3):
+            grounds.warm("working")
+            os.utime(grounds.share / "working", (number, number))
+            os.chmod(grounds.share / "working", 0o700 | number)
+            for _ in range(2):
+                grounds.await_all_seen()
+            assert os.readlink(f"/proc/self/fd/{fd}") == str(grounds.guest / "working")
+        os.chown(grounds.share / "working", 7, 7)
+        until(lambda: os.readlink(f"/proc/self/fd/{fd}").endswith("(deleted)"))  # control: so it is when names are recalled
+    finally:
+        os.close(fd)
+
+
 def test_a_file_system_that_is_mounted_below_the_share_later(grounds: Grounds) -> None:
     at = grounds.share / "mounted"
     at.mkdir()
@@ -188,6 +232,83 @@ def test_mounts_elsewhere_are_no_business_of_it(grounds: Grounds) -> None:
     assert grounds.host.status()["epoch"] == epoch
 
 
+@contextlib.contextmanager
+def watched_share(directory: Path) -> Iterator[tuple[Path, Watched]]:
+    """Without a daemon."""
+    share = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.closing(Watched(share, directory)) as watched:
+            yield directory, watched
+    finally:
+        os.close(share)
+
+
+def test_what_was_mounted_anew_before_anybody_looked_is_watched(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the list of mounts tells, if the kernel uses its numbers again."""
+    with mounted("tmpfs", socket_dir):
+        below = socket_dir / "below"
+        below.mkdir()
+        with mounted("tmpfs", below), watched_share(socket_dir) as (_, watched):
+            before = mounts()
+            monkeypatch.setattr(watched_module, "mounts", lambda: before)
+            assert not watched.look(), "control: there is nothing to see"
+            run("umount", below)
+            run("mount", "-t", "tmpfs", "none", below)
+            assert watched.look()
+            (below / "file").touch()
+            assert watched.group.read(), "it is watched"
+            assert not watched.look()
+
+
+@pytest.mark.expected_logs(r"changes made directly in .* are not seen: a file system of type")
+@pytest.mark.parametrize("kind", ["nfs4", "virtiofs", "fuse.sshfs", "9p"])
+def test_whose_server_need_not_answer_is_not_asked(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    below = socket_dir / "below"
+    below.mkdir()
+    with mounted("tmpfs", below):
+        shown_as = [each._replace(kind=kind) if each.path == os.fsencode(below) else each for each in mounts()]
+        monkeypatch.setattr(watched_module, "mounts", lambda: shown_as)
+        with watched_share(socket_dir) as (_, watched):
+            assert list(watched.unwatched) == [str(below)]
+            (below / "file").touch()
+            assert not watched.group.read(), "nobody has touched it"
+
+
+def test_a_watch_that_cannot_be_set_up_leaves_nothing_open(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_descriptors(_fd: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "dup", out_of_descriptors)
+    before = open_descriptors()
+    with pytest.raises(OSError, match="Too many open files"), watched_share(socket_dir):
+        pass
+    assert open_descriptors() == before
+
+
+def test_subvolumes_are_watched_and_flood_nobody(socket_dir: Path) -> None:
+    """Each has numbers of its own; what is gone is known by its number in them, too."""
+    with mounted("btrfs", socket_dir), Host(socket_dir) as host:
+        (host.share / "mark").touch()
+        for subvolume in (socket_dir / "elsewhere", host.share / "inside"):
+            run("btrfs", "subvolume", "create", subvolume)
+        grounds = Grounds(host)
+        grounds.warm("inside")
+        grounds.await_all_seen()
+        before = host.status()["host_events"]
+        for place in (socket_dir / "elsewhere", host.share / "inside"):
+            for number in range(CHANGES):
+                (place / "file").write_text("x" * number)
+                if place.parent == host.share:
+                    until(lambda number=number: os.stat(grounds.guest / "inside/file").st_size == number)  # type: ignore[misc]
+                os.unlink(place / "file")
+        until(lambda: not os.path.exists(grounds.guest / "inside/file"))
+        grounds.await_all_seen()
+        assert host.status()["host_events"] > before + CHANGES
+        assert host.status()["epoch"] == 1
+
+
 # --- where it cannot be done, or only in part ------------------------------------------------------------------------
 
 
@@ -226,6 +347,24 @@ def test_where_it_cannot_be_done_it_serves_without_and_says_so(unwatchable: tupl
         guest = host.mount("guest", "strict")
         (guest / "file").write_text("through the export")
         assert (host.share / "file").read_text() == "through the export"
+
+
+def test_without_the_capability_it_serves_without_and_says_so(socket_dir: Path) -> None:
+    (socket_dir / "share").mkdir()
+    command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-m", "coherency", "serve", "share", "--name", "test"]
+    with subprocess.Popen(
+        [*command, "--runtime-dir", "run"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=socket_dir, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as daemon:  # fmt: skip
+        try:
+            assert daemon.stdout is not None
+            assert wait_readable([daemon.stdout.fileno()], 30_000_000_000)
+            assert daemon.stdout.readline().startswith("serving share as 'test'")
+            daemon.terminate()
+            errors = daemon.communicate(timeout=30)[1]
+        finally:
+            daemon.kill()
+    assert "will not be seen: to watch a whole file system takes CAP_SYS_ADMIN in the first user namespace; make them" in errors
 
 
 def test_where_it_cannot_be_done_who_asks_for_it_is_refused(unwatchable: tuple[Path, str]) -> None:
