@@ -181,9 +181,9 @@ def repository(make_socket_dir: Callable[[], Path]) -> Iterator[Path]:
         yield directory
 
 
-@pytest.mark.parametrize("mode", ["access", "prompt", "strict"])
+@pytest.mark.parametrize("mode", ["none", "access", "prompt", "strict"])
 def test_after_a_checkout_on_the_host_a_guest_has_the_truth(repository: Path, mode: str) -> None:
-    """In each mode that keeps anything and promises the truth; a GuestAgent beside the first."""
+    """In each mode that promises it; a GuestAgent beside one."""
     with Host(repository) as host, host.agent() as agent:
         tree, guest = host.share / "tree", host.mount(f"guest-{mode}", mode)
         looks: list[Look] = [looking_at(guest), *([agent.lstat] if mode == "access" else [])]
