@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
@@ -40,6 +41,10 @@ from coherency.ids import HostInode
 from coherency.leases import introduced
 
 _OWNER: Final = SetattrValid.UID | SetattrValid.GID
+
+
+def _nothing_to_notice() -> None:
+    """Nobody watches."""
 
 
 class Export(Passthrough):
@@ -65,6 +70,8 @@ class Export(Passthrough):
         super().__init__(share, descriptor_limit=descriptor_limit)
         self._changes, self._origins, self._shown, self._events = changes, origins, shown, events
         self._owners = owners
+        self.catch_up: Callable[[], None] = _nothing_to_notice
+        """See ``Watcher``, if there is one."""
         if shown is not None:
             shown.mark(self.nodes.root.ino)
 
@@ -139,6 +146,10 @@ class Export(Passthrough):
         assert not isinstance(reply, Deferred)
         self._tell_owner(self.nodes.get(request.node), replies.owner_in_statx_out(reply[0]))
         return reply
+
+    def locked(self, node: Node) -> None:
+        """What its former owner has written directly in the share is noticed before the lock is answered."""
+        self.catch_up()
 
     def _tell_owner(self, node: Node, owner: tuple[int, int]) -> None:
         if self._owners is not None:

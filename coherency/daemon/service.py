@@ -151,6 +151,7 @@ class Service:
                 watched, self.changes, shown=shown, owners=owners, number_on=export.nodes.number_if_met,
                 tell=lambda happened, missing: events.tell(*happened, lost=missing), wanted=lambda: events.wanted,
             )  # fmt: skip
+            export.catch_up = self.watcher.catch_up
             undo.callback(self.watcher.close)
         try:
             self.session = Session.mount(

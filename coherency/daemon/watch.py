@@ -14,6 +14,7 @@
 6. Programs in guests hear of a change when the caches are right: after the batch. If that ends where the kernel may be about to
    say more of the same change, they hear of it after a moment, and of what has come by then. Guests are told that they miss
    events if there are some of which nothing is known.
+7. Whoever must know what had happened before (``catch_up``) deals with it himself, one at a time with the thread.
 
 Named points, for tests: ``read`` (the kernel has told, nothing is looked at yet) and ``sorted`` (it is known what is
 concerned, nothing is done yet).
@@ -21,6 +22,7 @@ concerned, nothing is done yet).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -54,6 +56,8 @@ log = logging.getLogger(__name__)
 _OWN_PAUSE_S: Final = 0.002
 _MOMENT_NS: Final = 5_000_000
 """Between two events of one change; longer only if whoever makes it is not let go on."""
+_CATCH_UP_S: Final = 1.0
+"""However much happens meanwhile."""
 _OF_NAMES: Final = CREATE | DELETE | RENAME
 _NOBODY: Final = HostInode(0)
 
@@ -115,6 +119,7 @@ class Watcher:
         self._events = self._overflows = self._unknown = 0
         self.failed = False
         self._closing = False
+        self._dealing = threading.Lock()  # rule 7
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -138,16 +143,35 @@ class Watcher:
         """The mounts below the share that cannot be watched, and why."""
         return self._watched.unwatched
 
-    # --- the thread --------------------------------------------------------------------------------------------
+    def catch_up(self) -> None:
+        """When this returns the words have moved for all that had happened before, and recalls are under way. From any thread.
 
-    def _run(self) -> None:
+        It gives up after a second: then more happens than can be dealt with.
+        """
+        deadline_ns = time.monotonic_ns() + int(_CATCH_UP_S * 1e9)
+        if not self._dealing.acquire(timeout=_CATCH_UP_S):
+            return
         try:
-            with open("/proc/self/mountinfo", "rb") as mountinfo:
-                self._wait_and_deal(mountinfo.fileno())
+            with self._or_failed():
+                while not self.failed and syscalls.wait_readable([self._watched.group.fd], 0) and time.monotonic_ns() < deadline_ns:
+                    self._deal()
+        finally:
+            self._dealing.release()
+
+    @contextlib.contextmanager
+    def _or_failed(self) -> Iterator[None]:
+        try:
+            yield
         except Exception:  # whatever it was, nothing that is cached may be believed
             self.failed = True
             log.critical("changes made directly in the share are not seen any more", exc_info=True)
             self._changes.made_anywhere()
+
+    # --- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with self._or_failed(), open("/proc/self/mountinfo", "rb") as mountinfo:
+            self._wait_and_deal(mountinfo.fileno())
 
     def _wait_and_deal(self, mountinfo: int) -> None:
         poll = select.poll()
@@ -155,7 +179,7 @@ class Watcher:
         poll.register(self._watched.group.fd, select.POLLIN)
         poll.register(mountinfo, select.POLLPRI)  # is told as an error, too: proc_pid_mountinfo(5)
         self._look()  # at what was mounted before this descriptor was opened
-        while not self._closing:
+        while not self._closing and not self.failed:
             happened = {fd for fd, _ in poll.poll()}
             if mountinfo in happened:
                 self._look()
@@ -171,6 +195,10 @@ class Watcher:
 
         For the thread; in tests also without ``start``.
         """
+        with self._dealing:
+            return self._deal()
+
+    def _deal(self) -> bool:
         before, missing = self._events, self._overflows + self._unknown
         telling = self._tell is not None and self._wanted()
         happened = self._read_and_deal(telling)

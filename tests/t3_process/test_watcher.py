@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import pytest
 
 from coherency.daemon import fanotify_events as fan
+from coherency.daemon import watch
 from coherency.daemon.changes import Changes
 from coherency.daemon.fanotify import why_not
 from coherency.daemon.fanotify_events import numbered
@@ -18,6 +19,7 @@ from coherency.fuse.codec import Request
 from coherency.ids import GrantKey, HostInode
 from coherency.leases import attributes_key, keys_of
 from coherency.shm_table import TableWriter, bytes_needed
+from tests.granting_guest import Gate, InBackground
 from tests.host_events import event, of_inode, of_name, of_rename
 from tests.waiting import until
 
@@ -362,6 +364,56 @@ def test_a_fault_is_told_and_nothing_old_is_believed(desk: Desk, break_it: Calla
     assert desk.watcher.failed
     assert desk.announced == [None]
     assert desk.table.statistics().epoch == 2
+
+
+def test_who_catches_up_deals_with_all_that_has_happened(desk: Desk) -> None:
+    for _ in range(3):
+        desk.kernel.happens(of_name(fan.MODIFY, SHOWN, ROOT, b"n"))
+    desk.watcher.catch_up()
+    assert desk.table.statistics().bumps > 0
+    reads = desk.kernel.calls.count("read")
+    desk.watcher.catch_up()  # nothing is left
+    assert desk.kernel.calls.count("read") == reads > 0
+
+
+def test_who_catches_up_waits_for_what_the_thread_deals_with(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_CATCH_UP_S", 60)
+    gate = Gate()
+    desk.watcher.reach = lambda point: gate.pass_through() if point == "read" else None
+    desk.watcher.start()
+    gate.shut()
+    desk.kernel.happens(of_name(fan.MODIFY, SHOWN, ROOT, b"n"))
+    gate.await_reached()
+    waiting = InBackground(desk.watcher.catch_up)
+    assert not waiting.is_over
+    assert desk.table.statistics().bumps == 0
+    gate.open()
+    waiting.wait()
+    assert desk.table.statistics().bumps == 1
+
+
+def test_who_catches_up_does_not_wait_for_ever(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_CATCH_UP_S", 0.01)
+    gate = Gate()
+    desk.watcher.reach = lambda point: gate.pass_through() if point == "read" else None
+    desk.watcher.start()
+    gate.shut()
+    desk.kernel.happens(of_name(fan.MODIFY, SHOWN, ROOT, b"n"))
+    gate.await_reached()
+    desk.watcher.catch_up()
+    assert desk.table.statistics().bumps == 0
+    gate.open()
+
+
+@pytest.mark.expected_logs("changes made directly in the share are not seen any more")
+def test_a_fault_while_catching_up_is_a_fault_of_the_watcher(desk: Desk) -> None:
+    desk.kernel.fault = OSError(errno.EIO, "odd")
+    desk.kernel.happens(of_name(fan.MODIFY, SHOWN, ROOT, b"n"))
+    desk.watcher.catch_up()
+    assert desk.watcher.failed
+    assert desk.announced == [None]
+    desk.watcher.catch_up()
+    assert desk.kernel.calls.count("read") == 1
 
 
 def test_control_without_a_fault_it_has_not_failed(desk: Desk) -> None:
