@@ -82,7 +82,8 @@ def symlinks_lead_40_times_at_most(d: Path) -> None:
     (d / "0").write_text("content")
     for number in range(41):
         (d / str(number + 1)).symlink_to(str(number))
-    assert (d / "40").read_text() == "content"
+    # When something is mounted meanwhile, wherever, the kernel begins anew, and counts on: 20 are sure.
+    assert (d / "20").read_text() == "content"
     assert attempt(os.stat, d / "41") == "ELOOP"
     (d / "self").symlink_to("self")
     (d / "one").symlink_to("other")
