@@ -376,14 +376,20 @@ def test_who_catches_up_deals_with_all_that_has_happened(desk: Desk) -> None:
     assert desk.kernel.calls.count("read") == reads > 0
 
 
-def test_who_catches_up_waits_for_what_the_thread_deals_with(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_CATCH_UP_S", 60)
+def hold_what_is_read(desk: Desk) -> Gate:
+    """The thread has read an event, and is not let go on."""
     gate = Gate()
     desk.watcher.reach = lambda point: gate.pass_through() if point == "read" else None
     desk.watcher.start()
     gate.shut()
     desk.kernel.happens(of_name(fan.MODIFY, SHOWN, ROOT, b"n"))
     gate.await_reached()
+    return gate
+
+
+def test_who_catches_up_waits_for_what_the_thread_deals_with(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_CATCH_UP_S", 60)
+    gate = hold_what_is_read(desk)
     waiting = InBackground(desk.watcher.catch_up)
     assert not waiting.is_over
     assert desk.table.statistics().bumps == 0
@@ -394,12 +400,7 @@ def test_who_catches_up_waits_for_what_the_thread_deals_with(desk: Desk, monkeyp
 
 def test_who_catches_up_does_not_wait_for_ever(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_CATCH_UP_S", 0.01)
-    gate = Gate()
-    desk.watcher.reach = lambda point: gate.pass_through() if point == "read" else None
-    desk.watcher.start()
-    gate.shut()
-    desk.kernel.happens(of_name(fan.MODIFY, SHOWN, ROOT, b"n"))
-    gate.await_reached()
+    gate = hold_what_is_read(desk)
     desk.watcher.catch_up()
     assert desk.table.statistics().bumps == 0
     gate.open()
