@@ -84,11 +84,11 @@ def place_of(path: Path) -> Path:
     return place
 
 
-def mount_at(path: str | os.PathLike[str]) -> Mount | None:
-    """The topmost mount at ``path`` (resolved up to its last component only), if it is a mount point."""
+def mount_at(path: str | os.PathLike[str], number: int | None = None) -> Mount | None:
+    """The topmost mount at ``path`` (resolved up to its last component only), if it is a mount point; or that of the number."""
     parent, name = os.path.split(os.path.abspath(path))
     wanted = os.fsencode(os.path.join(os.path.realpath(parent), name))
-    return next((mount for mount in reversed(mounts()) if mount.path == wanted), None)
+    return next((each for each in reversed(mounts()) if each.path == wanted and number in (None, each.number)), None)
 
 
 def open_mount(path: str | os.PathLike[str]) -> int:
@@ -117,14 +117,13 @@ def remove_dead_mount(path: str | os.PathLike[str]) -> bool:
     It is that mount or none, whatever somebody else mounts or unmounts there meanwhile. Raises :class:`MountError` if a
     mount of ours there is alive, or does not answer.
     """
-    mount = mount_at(path)
-    if mount is None or mount.kind != FILE_SYSTEM_TYPE:
+    if mount_at(path) is None:
         return False
     root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # which asks nobody
     try:
-        if _mount_number(root) != mount.number:  # it has changed just now
-            return remove_dead_mount(path)
-        return _remove_if_dead(path, root)
+        number = _mount_number(root)
+        mount = mount_at(path, number)  # a path may lead to another one than the topmost there: below what covers that
+        return mount is not None and mount.kind == FILE_SYSTEM_TYPE and _remove_if_dead(path, root)
     finally:
         os.close(root)
 

@@ -9,6 +9,7 @@ import pytest
 from coherency.errors import MountError
 from coherency.fuse.mounts import remove_dead_mount
 from coherency.guest_agent.mount import MODES
+from tests.file_systems import mounted
 from tests.guests import Host
 
 
@@ -32,3 +33,15 @@ def test_guest_is_mounted_again(host: Host, mode: str) -> None:
     (place / mode).touch()
     assert (host.share / mode).exists()
     assert os.path.ismount(place)
+
+
+def test_a_dead_mount_that_is_covered_is_not_there(host: Host) -> None:
+    """Something was mounted over a directory above it, and has a directory of the same name."""
+    above = host.directory / "above"
+    (above / "below").mkdir(parents=True)
+    place = host.mount("above/below")
+    host.guests["above/below"].kill()
+    with mounted("tmpfs", above):
+        (above / "below").mkdir()
+        assert not remove_dead_mount(place)
+    assert remove_dead_mount(place)
