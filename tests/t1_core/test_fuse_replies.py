@@ -45,6 +45,12 @@ def attr(**status: int) -> bytes:
 # --- attributes ---
 
 
+def test_the_owner_is_found_in_attributes_and_in_a_statx() -> None:
+    assert replies.owner_of(attr(st_uid=1001, st_gid=1002)) == (1001, 1002)
+    answered = header().layouts["statx_out"].pack(**{"stat.uid": 1001, "stat.gid": 1002})
+    assert replies.owner_in_statx_out(answered) == (1001, 1002)
+
+
 def test_every_field_of_attr() -> None:
     assert read("attr", attr()) == {
         "ino": INO, "size": 1, "blocks": 2, "atime": 0, "mtime": 0, "ctime": 0, "atimensec": 3, "mtimensec": 4,
