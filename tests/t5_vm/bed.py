@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.guests import Host
 from tests.vm.guest import Guest
 from tests.vm.machine import Share
-from tests.vm.parts import ROOT
 
 NAMES = ("vm1", "vm2")
 OTHER = {"vm1": "vm2", "vm2": "vm1"}
 STOCK_MODES = ("none", "auto", "always")
 LEASE_S = 5
-FORGET_S = 60.0
 
 
 class Bed:
@@ -43,7 +39,6 @@ class Bed:
             host = Host(
                 directory, "--table", "posix", "--lease", str(LEASE_S), name=f"vm-{os.getpid()}"
             )  # POSIX tables are the whole machine's
-            undo.callback(_forget, host)
             bed = cls(undo.enter_context(host), stock)
             undo.callback(bed.end)
             bed.both_running()
@@ -78,11 +73,3 @@ class Bed:
         """Whatever runs is ended, from one instant to the next."""
         for each in self._ends.values():
             each.close()
-
-
-def _forget(host: Host) -> None:
-    """What the daemon keeps for the next one: there is none."""
-    subprocess.run(
-        [sys.executable, "-m", "coherency", "forget", host.name, "--runtime-dir", host.runtime_dir],
-        check=True, cwd=ROOT, capture_output=True, timeout=FORGET_S,
-    )  # fmt: skip
