@@ -101,8 +101,9 @@ def test_control_what_does_not_is_bumped_as_well(grounds: Grounds) -> None:
 def test_what_nobody_was_shown_costs_no_bump_and_no_recall(grounds: Grounds, where: str) -> None:
     directory = (grounds.outside if where == "outside" else grounds.share) / f"unseen-{where}"
     directory.mkdir()
-    before, recalls = grounds.bumps(), grounds.host.status()["recalls"]
-    events = grounds.host.status()["host_events"]
+    before = grounds.bumps()
+    grounds.warm("mark")  # or a recall of it that comes late leaves nothing to be recalled
+    recalls, events = (grounds.host.status()[what] for what in ("recalls", "host_events"))
     for number in range(CHANGES):
         (directory / str(number)).write_text("x")
         os.rename(directory / str(number), directory / f"{number}-renamed")
